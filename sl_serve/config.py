@@ -1,0 +1,82 @@
+"""Frozen settings. `ModelConfig` speaks the engine's names, whatever the checkpoint's dialect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+DeviceName = Literal["cpu", "sim"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary positions. `kind` is Hugging Face's `rope_type`; fields are those of its kinds."""
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_positions: int = 8192  # llama3
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a decoder. All sizes in elements."""
+
+    family: str  # Hugging Face `model_type`; names the file in sl_serve/models
+    n_layers: int
+    hidden_size: int
+    intermediate_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_embeddings: bool = False
+    attention_bias: bool = False  # biases on q, k, v and o
+    mlp_bias: bool = False
+    dtype: DTypeName = "float32"  # as stored in the checkpoint
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    @property
+    def q_size(self) -> int:
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.n_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class QueueConfig:
+    """Ceilings of the waiting queue; past any of them a submission is refused (429)."""
+
+    max_requests: int = 1024
+    max_tokens: int = 4_000_000  # prompt and requested output tokens together
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How rows are packed. Zero means: chosen by the plan."""
+
+    max_rows: int = 256  # rows alive at once, over all sub-batches
+    n_sub_batches: int = 1
+    prefill_chunk_tokens: int = 0  # prompt tokens of all rows in one step
+    look_ahead: int = 1  # layers loading while one computes; 0 is the serial twin
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    device: DeviceName = "cpu"
+    dtype: DTypeName = "float32"
+    max_model_len: int | None = None  # None: what the model says, lowered to what memory allows
+    kv_memory_bytes: int | None = None  # None: a share of what is free
+    n_threads: int | None = None
+    native: bool = True  # False: the pure-torch twins even where the native core is built
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    queue: QueueConfig = field(default_factory=QueueConfig)
