@@ -1,0 +1,123 @@
+// The one file that knows Python. Addresses come as integers; the callers in sl_serve/ops own the
+// tensors, check their shapes and keep them alive for the length of the call.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+using sl::AttentionArgs;
+using sl::Kernels;
+using sl::Row;
+
+namespace {
+
+// Best first; only what this processor can run.
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+    found.push_back(&sl::kernels_avx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    found.push_back(&sl::kernels_avx2);
+#endif
+  found.push_back(&sl::kernels_portable);
+  return found;
+}
+
+std::vector<std::string> targets() {
+  std::vector<std::string> names;
+  for (const Kernels* k : supported()) names.emplace_back(k->name);
+  return names;
+}
+
+float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+// The kernels of one instruction set, with a fixed number of threads.
+class Core {
+ public:
+  Core(const std::string& target, int n_threads) : n_threads_(n_threads) {
+    for (const Kernels* k : supported())
+      if (target == k->name) kernels_ = k;
+    if (kernels_ == nullptr) throw std::invalid_argument("no such target here: " + target);
+  }
+
+  void append(uintptr_t k, uintptr_t v, int64_t line_stride, uintptr_t rows, int64_t n_rows,
+              uintptr_t chunks, int64_t base, int64_t n_kv_heads, int64_t head_dim) const {
+    AttentionArgs a{};
+    a.k = floats(k);
+    a.v = floats(v);
+    a.kv_line_stride = line_stride;
+    set_rows(a, rows, n_rows, chunks, base);
+    a.n_kv_heads = n_kv_heads;
+    a.head_dim = head_dim;
+    kernels_->append(a);
+  }
+
+  void attend(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, uintptr_t rows,
+              int64_t n_rows, uintptr_t chunks, int64_t base, int64_t n_heads,
+              int64_t n_kv_heads, int64_t head_dim, float scale) const {
+    AttentionArgs a{};
+    a.q = floats(q);
+    a.q_stride = q_stride;
+    a.out = floats(out);
+    a.out_stride = out_stride;
+    set_rows(a, rows, n_rows, chunks, base);
+    a.n_heads = n_heads;
+    a.n_kv_heads = n_kv_heads;
+    a.head_dim = head_dim;
+    a.scale = scale;
+    kernels_->attend(a);
+  }
+
+  void rope(uintptr_t x, int64_t line_stride, int64_t n_lines, int64_t n_heads, int64_t head_dim,
+            uintptr_t cos, uintptr_t sin) const {
+    kernels_->rope(floats(x), line_stride, n_lines, n_heads, head_dim, floats(cos), floats(sin),
+                   n_threads_);
+  }
+
+  void silu_mul(uintptr_t gate_up, uintptr_t out, int64_t n_lines, int64_t width) const {
+    kernels_->silu_mul(floats(gate_up), floats(out), n_lines, width, n_threads_);
+  }
+
+  void rms_norm(uintptr_t x, uintptr_t weight, uintptr_t out, int64_t n_lines, int64_t width,
+                float eps) const {
+    kernels_->rms_norm(floats(x), floats(weight), floats(out), n_lines, width, eps, n_threads_);
+  }
+
+ private:
+  void set_rows(AttentionArgs& a, uintptr_t rows, int64_t n_rows, uintptr_t chunks,
+                int64_t base) const {
+    a.rows = reinterpret_cast<const Row*>(rows);
+    a.n_rows = n_rows;
+    a.chunks = reinterpret_cast<const int64_t*>(chunks);
+    a.base = base;
+    a.n_threads = n_threads_;
+  }
+
+  const Kernels* kernels_ = nullptr;
+  int n_threads_;
+};
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.attr("ROW_FIELDS") = static_cast<int>(sizeof(Row) / sizeof(int64_t));
+  m.def("targets", &targets, "Instruction sets this processor can run, best first.");
+  using Release = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<Core>(m, "Core")
+      .def(nb::init<const std::string&, int>())
+      .def("append", &Core::append, Release())
+      .def("attend", &Core::attend, Release())
+      .def("rope", &Core::rope, Release())
+      .def("silu_mul", &Core::silu_mul, Release())
+      .def("rms_norm", &Core::rms_norm, Release());
+}

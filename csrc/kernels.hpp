@@ -1,0 +1,59 @@
+// What every instruction set implements; kernels_*.cpp compile kernels.inc once for each.
+#pragma once
+#include <cstdint>
+
+namespace sl {
+
+// One row of a sub-batch in one step. Token t of the row's n_new new ones sits at line
+// first_token + t of q, k, v and out, and at position start + t of the row's KV.
+//
+// Position p of (k or v, head) lies at
+//   base + chunks[first_chunk + p / chunk_positions]
+//     + (p % chunk_positions) * position_stride + head * head_stride + (v ? kv_stride : 0)
+// so one description serves every memory order of the slabs. All strides in bytes.
+struct Row {
+  int64_t first_token, n_new, start;
+  int64_t chunk_positions, first_chunk;
+  int64_t kv_stride, head_stride, position_stride;
+};
+
+struct AttentionArgs {
+  float* q;  // (tokens, n_heads, head_dim), lines q_stride floats apart
+  const float* k;
+  const float* v;  // (tokens, n_kv_heads, head_dim), lines kv_line_stride floats apart
+  float* out;      // (tokens, n_heads, head_dim), lines out_stride floats apart
+  int64_t q_stride, kv_line_stride, out_stride;
+  const Row* rows;
+  int64_t n_rows;
+  const int64_t* chunks;  // bytes from base, row included
+  int64_t base;           // address of the layer's region
+  int64_t n_heads, n_kv_heads, head_dim;
+  float scale;
+  int n_threads;
+};
+
+struct Kernels {
+  const char* name;
+  // Writes the new k and v of every row into its slab.
+  void (*append)(const AttentionArgs&);
+  // Causal attention of every new token over its row's slab, itself included (append first).
+  void (*attend)(const AttentionArgs&);
+  // Rotates pairs (i, i + head_dim/2) of n_heads heads a line, in place (RoFormer, arXiv
+  // 2104.09864). cos, sin: (n_lines, head_dim/2).
+  void (*rope)(float* x, int64_t line_stride, int64_t n_lines, int64_t n_heads, int64_t head_dim,
+               const float* cos, const float* sin, int n_threads);
+  // out[l, i] = silu(gate_up[l, i]) * gate_up[l, width + i]
+  void (*silu_mul)(const float* gate_up, float* out, int64_t n_lines, int64_t width,
+                   int n_threads);
+  // out = x / sqrt(mean(x^2) + eps) * weight, per line (arXiv 1910.07467)
+  void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n_lines, int64_t width,
+                   float eps, int n_threads);
+};
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace sl

@@ -1,0 +1,93 @@
+"""What all handlers of one app share; made once by `create_app`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import structlog
+from starlette.requests import Request
+
+from server.engine_port import EnginePort
+from server.errors import ApiError
+from server.jobs import Job
+from server.limits import parse_object
+from server.metrics import ServerMetrics
+from server.params import Work
+from server.schemas import Body, BodyT, validate
+from server.settings import ServerSettings
+from sl_serve.errors import EngineClosedError
+
+log = structlog.get_logger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_IGNORED_NAMES = 100
+
+
+class ServerContext:
+    def __init__(self, engine: EnginePort, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.metrics = ServerMetrics(engine)
+        self.jobs: set[Job] = set()
+        self.draining = False
+        self.created = int(time.time())  # unix seconds
+        self._workers = ThreadPoolExecutor(settings.n_workers, thread_name_prefix="sl-serve-front")
+        self._ignored_names: set[str] = set()
+
+    def close(self) -> None:
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    async def off_loop(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs `work` on one of few threads, so that the loop keeps answering."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, lambda: work(*args, **kwargs))
+
+    async def read(self, request: Request, kind: type[BodyT]) -> BodyT:
+        raw = await request.body()
+        return await self.off_loop(self.parse, kind, raw)
+
+    def parse(self, kind: type[BodyT], raw: bytes) -> BodyT:
+        body = validate(kind, parse_object(raw, self.settings.max_json_depth))
+        self._note_ignored(body)
+        return body
+
+    def model_name(self, asked: str | None) -> str:
+        """The served name meant by `asked`; ApiError 404 for a stranger."""
+        names = self.settings.served_model_names
+        if asked is None:
+            return names[0]
+        if asked in names:
+            return asked
+        raise ApiError(
+            404,
+            f"The model {asked[:200]!r} is not served here; there is {', '.join(names)}.",
+            param="model",
+            code="model_not_found",
+        )
+
+    def start(self, work: Work) -> Job:
+        """Hands the work to the engine; nothing is left behind where it refuses."""
+        if self.draining:
+            raise EngineClosedError("draining")
+        job = Job(self.engine, work, self.metrics.watch(len(work.choices)))
+        job.submit()
+        self.jobs.add(job)
+        return job
+
+    def finish(self, job: Job) -> None:
+        """Gives back whatever the engine still holds for it."""
+        self.jobs.discard(job)
+        job.abort()
+
+    def _note_ignored(self, body: Body) -> None:
+        """Says once per name that a field has no effect; the names are a client's, so bounded."""
+        for name in body.model_extra or {}:
+            if name not in self._ignored_names and len(self._ignored_names) < MAX_IGNORED_NAMES:
+                self._ignored_names.add(name)
+                log.warning("ignored_field", field=name[:64])

@@ -1,0 +1,224 @@
+"""The JSON bodies clients send. Strict: true is not 1 and "5" is not 5.
+
+`null` means the default everywhere, as clients send it for whatever they leave out. Unknown fields
+are accepted. Limits that depend on the model or on settings are in `params`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from sl_serve.errors import RequestError
+
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_IDS = 1024
+
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+STOP_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+
+
+def read_token_ids(value: object) -> list[int]:
+    """A list of integers; which of them exist is for the model to say."""
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ValueError("should be a list of token ids (integers)")
+    return value
+
+
+def read_prompts(value: object) -> list[str | list[int]]:
+    """The four shapes of a prompt as one: a list of texts and token lists."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            "should be a string, a list of strings, a list of token ids or a list of such lists, "
+            "and not empty"
+        )
+    if type(value[0]) is int:
+        return [read_token_ids(value)]
+    return [item if isinstance(item, str) else read_token_ids(item) for item in value]
+
+
+def read_content(value: object) -> str:
+    """Text, or text parts joined by line breaks."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("should be a string or a list of text parts")
+    return "\n".join(_text_of(part) for part in value)
+
+
+def _text_of(part: object) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        raise ValueError(f"has a part of type {str(kind)[:40]!r}; only 'text' is built in")
+    text = part.get("text") if isinstance(part, dict) else None
+    if not isinstance(text, str):
+        raise ValueError("has a text part whose 'text' is not a string")
+    return text
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+TokenIds = Annotated[
+    list[int],
+    PlainValidator(read_token_ids),
+    WithJsonSchema({"type": "array", "items": {"type": "integer"}}),
+]
+Prompts = Annotated[
+    list[str | list[int]], PlainValidator(read_prompts), WithJsonSchema(PROMPT_SCHEMA)
+]
+Content = Annotated[str, PlainValidator(read_content), WithJsonSchema(CONTENT_SCHEMA)]
+Stop = Annotated[
+    list[NonEmpty], FailFast(), BeforeValidator(_as_list), WithJsonSchema(STOP_SCHEMA)
+]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if item is not None}
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationBody(Body):
+    """What completions and chat completions share; the names are OpenAI's and vLLM's."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    min_tokens: int = Field(0, ge=0)
+    n: int = Field(1, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=MAX_LOGIT_BIAS
+    )
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Stop = Field(default_factory=list)
+    stop_token_ids: TokenIds = Field(default_factory=list, max_length=MAX_STOP_IDS)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+
+
+class CompletionBody(GenerationBody):
+    prompt: Prompts
+    best_of: int | None = None
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0)
+    suffix: str | None = None
+    add_special_tokens: bool = True
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = ""
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+    def for_template(self) -> dict[str, object]:
+        """What a chat template may read; nothing else a client sends reaches it."""
+        return {"content": self.content, **self.model_dump(include=_TEMPLATE, exclude_none=True)}
+
+
+_TEMPLATE = {"role", "name", "tool_call_id", "tool_calls"}
+
+Messages = Annotated[list[Message], Field(min_length=1), FailFast()]
+
+
+class ResponseFormat(Body):
+    type: str
+
+
+class ChatBody(GenerationBody):
+    messages: Messages
+    max_completion_tokens: int | None = Field(None, ge=0)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0)
+    response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+
+
+class TokenizeBody(Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None  # true for a prompt, false for messages
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: TokenIds
+
+
+BodyT = TypeVar("BodyT", bound=Body)
+
+
+def validate(kind: type[BodyT], value: dict[str, Any]) -> BodyT:
+    """RequestError names the first field that is wrong."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise _request_error(error.errors(include_url=False)[0]) from None
+
+
+def _request_error(error: ErrorDetails) -> RequestError:
+    param = _dotted(error["loc"])
+    if error["type"] == "missing":
+        return RequestError(f"'{param}' is required.", param)
+    complaint = error["msg"]
+    for opening in ("Input ", "Value error, ", "String ", "List ", "Dictionary "):
+        complaint = complaint.removeprefix(opening)
+    given = error["input"]
+    seen = f", not {str(given).lower()[:40]}" if isinstance(given, int | float) else ""
+    return RequestError(f"'{param}' {complaint}{seen}.", param)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """messages[0].role"""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".")[:200]

@@ -1,0 +1,91 @@
+"""Server-sent events, and the race of an answer against a client that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.errors import ClientGoneError
+
+T = TypeVar("T")
+
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, or ClientGoneError as soon as the client is gone; then it is cancelled."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends events as they come and a comment whenever `ping_s` passed without one.
+
+    `send` is awaited before the next event is asked for: a reader that stops reading stops this
+    stream and nothing else. `on_close` runs once, however the stream ends.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        ping_s: float,
+        on_close: Callable[[], None],
+    ) -> None:
+        super().__init__(headers={"X-Accel-Buffering": "no", "Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._events = events
+        self._ping_s = ping_s
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(ClientGoneError):
+                await unless_gone(receive, self._send_all(send))
+        finally:
+            self._on_close()
+
+    async def _send_all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async with aclosing(self._events) as events:
+            while (chunk := await self._next(events, send)) is not None:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _next(self, events: AsyncGenerator[bytes, None], send: Send) -> bytes | None:
+        """The next event, None at the end; pings while there is none."""
+        coming = asyncio.ensure_future(anext(events, None))
+        try:
+            while not (await asyncio.wait({coming}, timeout=self._ping_s))[0]:
+                await send({"type": "http.response.body", "body": PING, "more_body": True})
+            return coming.result()
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)

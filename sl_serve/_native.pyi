@@ -1,0 +1,50 @@
+ROW_FIELDS: int
+
+def targets() -> list[str]: ...
+
+class Core:
+    def __init__(self, target: str, n_threads: int) -> None: ...
+    def append(
+        self,
+        k: int,
+        v: int,
+        line_stride: int,
+        rows: int,
+        n_rows: int,
+        chunks: int,
+        base: int,
+        n_kv_heads: int,
+        head_dim: int,
+        /,
+    ) -> None: ...
+    def attend(
+        self,
+        q: int,
+        q_stride: int,
+        out: int,
+        out_stride: int,
+        rows: int,
+        n_rows: int,
+        chunks: int,
+        base: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        /,
+    ) -> None: ...
+    def rope(
+        self,
+        x: int,
+        line_stride: int,
+        n_lines: int,
+        n_heads: int,
+        head_dim: int,
+        cos: int,
+        sin: int,
+        /,
+    ) -> None: ...
+    def silu_mul(self, gate_up: int, out: int, n_lines: int, width: int, /) -> None: ...
+    def rms_norm(
+        self, x: int, weight: int, out: int, n_lines: int, width: int, eps: float, /
+    ) -> None: ...

@@ -1,0 +1,99 @@
+"""A model's chat template: Jinja source from the model's files, run in a sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sl_serve.errors import RequestError
+
+MAX_TEMPLATE_CHARS = 1 << 20
+MAX_RENDERED_CHARS = 64 << 20
+
+
+class ChatTemplate:
+    """Renders messages as transformers does; compiled on first use, then reused."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        special_tokens: Mapping[str, str],
+    ) -> str:
+        """The prompt's text. Raises RequestError with the template's own reason."""
+        pieces: list[str] = []
+        n_chars = 0
+        try:
+            for piece in self._compiled.generate(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **special_tokens,
+            ):
+                pieces.append(piece)
+                n_chars += len(piece)
+                if n_chars > MAX_RENDERED_CHARS:
+                    raise TemplateError(f"more than {MAX_RENDERED_CHARS} characters")
+        except Exception as error:  # a template can fail like any program
+            reason = str(error)[:300] or type(error).__name__
+            raise RequestError(
+                f"the model's chat template refuses the messages: {reason}", param="messages"
+            ) from None
+        return "".join(pieces)
+
+    @cached_property
+    def _compiled(self) -> Template:
+        if len(self.source) > MAX_TEMPLATE_CHARS:
+            raise TemplateError(f"the template has more than {MAX_TEMPLATE_CHARS} characters")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        return environment.from_string(self.source)
+
+
+class _GenerationBlock(Extension):
+    """{% generation %} marks the assistant's words for training; here its body is just text."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance variable
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own, leaves <, > and & as they are: prompts are not HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,101 @@
+"""What a request's owner hears: tokens turned into text, stops noticed, log probabilities kept."""
+
+from __future__ import annotations
+
+from sl_serve.core import FinishReason, Request, TokenLogprob, TokenOut, Usage
+from sl_serve.logits import RowResult
+from sl_serve.sampling import SampledToken
+from sl_serve.tokenizer import Tokenizer
+
+
+class Delivery:
+    """One request's way out of the engine. Used by the engine thread alone."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, max_model_len: int) -> None:
+        self.request = request
+        self._tokenizer = tokenizer
+        sampling = request.sampling
+        room = max_model_len - request.n_prompt
+        self.max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        self._stop_ids = frozenset(sampling.stop_token_ids)
+        self._eos_ids = frozenset(() if sampling.ignore_eos else tokenizer.eos_token_ids)
+        # Until min_tokens are out, stop strings are not looked for.
+        self._detokenizer = tokenizer.detokenizer(request.prompt_ids)
+        self._watch_stops()
+        self._prompt_logprobs: list[TokenLogprob] = []
+        self._prompt_pending = sampling.prompt_logprobs is not None
+
+    def feed(self, result: RowResult) -> bool:
+        """Take in a step's result and tell the owner. True when the request has ended."""
+        if self._prompt_pending:
+            # By position, because a parked row computes its prompt again.
+            self._prompt_logprobs[result.work.start :] = result.prompt_logprobs
+        if result.sampled is not None:
+            return self._add_token(result.sampled)
+        if self.max_tokens == 0 and result.work.samples:
+            self.end(FinishReason.LENGTH)
+            return True
+        return False
+
+    def end(self, reason: FinishReason, error: str | None = None) -> None:
+        """The last news."""
+        text = self._detokenizer.flush() if self.request.output_ids else ""
+        self._tell(text=text, finish_reason=reason, error=error)
+
+    def _add_token(self, token: SampledToken) -> bool:
+        token_id = token.token_id
+        self.request.output_ids.append(token_id)
+        text = ""
+        stop: str | int | None = None
+        reason: FinishReason | None = None
+        enough = len(self.request.output_ids) >= self.request.sampling.min_tokens
+        if token_id in self._stop_ids or token_id in self._eos_ids:
+            reason = FinishReason.STOP if enough else None
+            stop = token_id if token_id in self._stop_ids else None
+            if self.request.sampling.include_stop_str_in_output:
+                text = self._detokenizer.feed(token_id).text
+        else:
+            text, stop = self._detokenizer.feed(token_id)
+            reason = FinishReason.STOP if stop is not None else None
+        if reason is None and len(self.request.output_ids) >= self.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            text += self._detokenizer.flush()
+        elif len(self.request.output_ids) == self.request.sampling.min_tokens:
+            self._watch_stops()
+        logprobs = () if token.logprob is None else (token.logprob,)
+        self._tell((token_id,), text, logprobs, finish_reason=reason, stop_reason=stop)
+        return reason is not None
+
+    def _watch_stops(self) -> None:
+        sampling = self.request.sampling
+        if len(self.request.output_ids) >= sampling.min_tokens:
+            so_far = self.request.token_ids(0, self.request.n_tokens)
+            self._detokenizer = self._tokenizer.detokenizer(
+                so_far, sampling.stop, sampling.include_stop_str_in_output
+            )
+
+    def _tell(
+        self,
+        token_ids: tuple[int, ...] = (),
+        text: str = "",
+        logprobs: tuple[TokenLogprob, ...] = (),
+        finish_reason: FinishReason | None = None,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        prompt_logprobs = (None, *self._prompt_logprobs) if self._prompt_pending else None
+        self._prompt_pending = False
+        self.request.on_output(
+            TokenOut(
+                self.request.request_id,
+                token_ids,
+                text,
+                logprobs,
+                prompt_logprobs,
+                finish_reason,
+                stop_reason,
+                error,
+                Usage(self.request.n_prompt, len(self.request.output_ids)),
+            )
+        )

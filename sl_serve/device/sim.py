@@ -1,0 +1,123 @@
+"""A device that is not there: real copies, poisoned memory, a virtual clock.
+
+What a real device does at some time, this one does at the latest moment it may (reads of copied
+data) and at the earliest (destruction of what a copy overwrites), so a missing wait becomes a
+wrong token on any machine:
+
+- a queued copy fills its destination with NaN at once, and writes the data only when someone
+  waits for an event behind it: reading too early reads NaN, reusing a slot too early hurts the
+  reader that is still to come;
+- the source is read at that late moment too: overwriting it too early shows as well;
+- a copy that starts, on the virtual clock, before the last computation that read its destination
+  has ended raises SlotReuseError: the program order was right by luck, the streams' was not.
+
+The clock: each stream has its own time; a copy takes bytes / bandwidth, a computation
+FLOPs / rate, an event is a time, a wait moves a stream's time to it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sl_serve.device.base import Event, Stream
+from sl_serve.errors import SlServeError
+
+
+class SlotReuseError(SlServeError):
+    """A buffer was overwritten before its last reader was done."""
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareProfile:
+    """Rates of a machine; bandwidths in bytes per second each way, arithmetic in FLOP per second."""
+
+    name: str
+    down_bytes_per_s: float
+    up_bytes_per_s: float
+    flops_per_s: float
+
+
+PCIE4_A100 = HardwareProfile("pcie4-a100", 24e9, 22e9, 200e12)
+
+
+@dataclass(frozen=True, slots=True)
+class SimEvent:
+    stream: Stream
+    n_copies: int  # copies queued on the stream before this point
+    time_s: float
+
+
+@dataclass(slots=True)
+class _Queue:
+    pending: deque[tuple[torch.Tensor, torch.Tensor]]
+    n_queued: int = 0
+    n_done: int = 0
+    time_s: float = 0.0
+
+
+class SimDevice:
+    name = "sim"
+    in_place = False
+
+    def __init__(self, profile: HardwareProfile = PCIE4_A100) -> None:
+        self.profile = profile
+        self._queues = {s: _Queue(deque()) for s in Stream}
+        self._read_until_s: dict[int, float] = {}  # buffer address -> end of its last reading
+        self._stall_s = 0.0
+
+    def empty(self, n_bytes: int) -> torch.Tensor:
+        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8)
+
+    def copy(self, stream: Stream, dst: torch.Tensor, src: torch.Tensor) -> None:
+        assert dst.shape == src.shape, f"{dst.shape} <- {src.shape}"
+        queue = self._queues[stream]
+        read_until_s = self._read_until_s.get(dst.untyped_storage().data_ptr(), 0.0)
+        if stream is Stream.LOAD and queue.time_s < read_until_s:
+            raise SlotReuseError(
+                f"a copy starts at {queue.time_s:.6f} s into memory read until {read_until_s:.6f} s"
+            )
+        dst.fill_(0xFF)  # all bits set: NaN in every float format
+        queue.pending.append((dst, src))
+        queue.n_queued += 1
+        down = stream is Stream.LOAD
+        rate = self.profile.down_bytes_per_s if down else self.profile.up_bytes_per_s
+        queue.time_s += dst.numel() / rate
+
+    def record(self, stream: Stream) -> SimEvent:
+        queue = self._queues[stream]
+        return SimEvent(stream, queue.n_queued, queue.time_s)
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        assert isinstance(event, SimEvent)
+        self.synchronize(event)
+        queue = self._queues[stream]
+        if stream is Stream.COMPUTE:
+            self._stall_s += max(0.0, event.time_s - queue.time_s)
+        queue.time_s = max(queue.time_s, event.time_s)
+
+    def synchronize(self, event: Event) -> None:
+        assert isinstance(event, SimEvent)
+        queue = self._queues[event.stream]
+        while queue.n_done < event.n_copies:
+            dst, src = queue.pending.popleft()
+            dst.copy_(src)
+            queue.n_done += 1
+
+    def computed(self, n_flops: float, reads: Sequence[torch.Tensor]) -> None:
+        queue = self._queues[Stream.COMPUTE]
+        queue.time_s += n_flops / self.profile.flops_per_s
+        for buffer in reads:
+            self._read_until_s[buffer.untyped_storage().data_ptr()] = queue.time_s
+
+    def stall_s(self) -> float:
+        stall_s, self._stall_s = self._stall_s, 0.0
+        return stall_s
+
+    @property
+    def time_s(self) -> float:
+        """Virtual time at which everything queued so far is done."""
+        return max(q.time_s for q in self._queues.values())

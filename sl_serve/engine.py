@@ -1,0 +1,266 @@
+"""The engine thread: the only place that composes queue, packer, sweep, sampler and delivery.
+
+Any thread may submit and abort; everything else happens on the engine's own thread, at step
+boundaries. One turn: take out aborted requests, make room for the running rows, admit waiting
+ones, pack, step, deliver.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from sl_serve.config import EngineConfig
+from sl_serve.core import FinishReason, Request, StepPlan
+from sl_serve.delivery import Delivery
+from sl_serve.errors import EngineClosedError, EngineDeadError, RequestError
+from sl_serve.loader import Parts
+from sl_serve.logits import RowResult
+from sl_serve.sched.packer import pack
+from sl_serve.sched.queue import WaitingQueue
+from sl_serve.sched.residents import TYPICAL_OUTPUT_TOKENS
+from sl_serve.stats import EngineSnapshot, EngineState, StepStats
+from sl_serve.stats_totals import Totals
+from sl_serve.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+StepObserver = Callable[[StepStats], None]
+MAX_RETRY_AFTER_S = 120  # OpenAI's client gives up at once beyond it
+
+
+class Engine:
+    """Runs requests until `close`. Starts its thread at once."""
+
+    def __init__(self, parts: Parts, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        self.tokenizer = tokenizer
+        self.plan = parts.plan
+        self.max_model_len = parts.plan.max_model_len
+        self.vocab_size = parts.sweep.config.vocab_size
+        self.n_parameters = parts.n_parameters
+        self._parts = parts
+        self._queue = WaitingQueue(config.queue)
+        self._deliveries: dict[str, Delivery] = {}
+        self._aborted: set[str] = set()
+        self._observers: list[StepObserver] = []
+        self._totals = Totals()
+        self._state = EngineState.RUNNING
+        self._reason: str | None = None
+        self._changed = threading.Condition()  # guards what other threads touch
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # Called from any thread.
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue all of them or none.
+
+        Raises RequestError, QueueFullError, EngineClosedError, EngineDeadError.
+        """
+        for request in requests:
+            self._check(request)
+            if request.sampling.seed is None:
+                request.sampling = replace(request.sampling, seed=secrets.randbits(63))
+            request.arrival_s = time.monotonic()
+        with self._changed:
+            self._check_state()
+            taken = [r.request_id for r in requests if r.request_id in self._deliveries]
+            if taken or len({r.request_id for r in requests}) < len(requests):
+                raise RequestError(f"request id {taken or 'given twice'} is in use", "request_id")
+            self._queue.push(requests, self._retry_after_s())
+            for request in requests:
+                delivery = Delivery(request, self.tokenizer, self.max_model_len)
+                self._deliveries[request.request_id] = delivery
+            self._changed.notify_all()
+
+    def abort(self, request_id: str) -> None:
+        """End a request at the next step boundary; unknown ids are ignored."""
+        with self._changed:
+            if request_id in self._deliveries:
+                self._aborted.add(request_id)
+                self._changed.notify_all()
+
+    def on_step(self, observer: StepObserver) -> None:
+        """`observer` is called on the engine thread after each step; it must not block or raise."""
+        self._observers.append(observer)
+
+    def snapshot(self) -> EngineSnapshot:
+        residents = self._parts.residents
+        n_requests = len(self._deliveries)
+        return self._totals.snapshot(
+            state=self._state,
+            reason=self._reason,
+            n_waiting=len(self._queue),
+            n_running=max(0, n_requests - len(self._queue)),
+            waiting_tokens=self._queue.n_tokens,
+            kv_used_bytes=residents.used_bytes,
+            kv_total_bytes=self.plan.kv_bytes,
+        )
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the present ones. True when all have ended."""
+        with self._changed:
+            if self._state is EngineState.RUNNING:
+                self._state = EngineState.DRAINING
+            return self._changed.wait_for(lambda: not self._deliveries, timeout_s)
+
+    def close(self) -> None:
+        """Stop at the next step boundary; requests that are left end with an error. Idempotent."""
+        with self._changed:
+            if self._state is not EngineState.DEAD:
+                self._state = EngineState.CLOSED
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # The engine thread.
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._turn()
+            self._end_all("the server is shutting down")
+        except Exception as error:
+            logger.exception("the engine failed")
+            self._die(f"{type(error).__name__}: {error}")
+
+    def _wait_for_work(self) -> bool:
+        """False when the engine is to stop."""
+        with self._changed:
+            if not self._deliveries:
+                self._parts.residents.check_integrity()
+            self._changed.wait_for(lambda: self._deliveries or self._state is EngineState.CLOSED)
+            self._totals.working()
+            return self._state is not EngineState.CLOSED
+
+    def _turn(self) -> None:
+        self._take_out_aborted()
+        parked = self._parts.residents.make_room()
+        self._queue.push_back(parked)
+        self._totals.n_parked += len(parked)
+        if not parked:  # what was just freed belongs to the rows that run
+            self._admit()
+        plan = pack(
+            self._parts.residents, self._parts.plan.prefill_tokens, self._parts.plan.n_sub_batches
+        )
+        if plan.sub_batches:
+            self._step(plan)
+
+    def _take_out_aborted(self) -> None:
+        with self._changed:
+            aborted, self._aborted = self._aborted, set()
+        for request_id in aborted:
+            if request_id in self._deliveries:
+                request = self._deliveries[request_id].request
+                if request not in self._parts.residents:
+                    self._queue.pop(request)
+                self._finish(request, FinishReason.ABORT)
+
+    def _admit(self) -> None:
+        while (request := self._queue.peek()) is not None:
+            max_tokens = request.sampling.max_tokens
+            output = TYPICAL_OUTPUT_TOKENS if max_tokens is None else max_tokens
+            expected = min(request.n_prompt + output, self.max_model_len)
+            if not self._parts.residents.admit(request, max(expected, request.n_tokens)):
+                return
+            self._queue.pop(request)
+
+    def _step(self, plan: StepPlan) -> None:
+        sweep, residents = self._parts.sweep, self._parts.residents
+        started_s = time.monotonic()
+        before = (sweep.weights.n_bytes_moved, sweep.kv.n_bytes_down, sweep.kv.n_bytes_up)
+        hidden = sweep.run(plan, residents.slabs)
+        for sub_batch, states in zip(plan.sub_batches, hidden, strict=True):
+            for result in self._parts.head.results(sub_batch, states):
+                self._deliver(result)
+        after = (sweep.weights.n_bytes_moved, sweep.kv.n_bytes_down, sweep.kv.n_bytes_up)
+        weight_bytes, down, up = (b - a for a, b in zip(before, after, strict=True))
+        works = [w for s in plan.sub_batches for w in s.rows]
+        stats = StepStats(
+            wall_s=time.monotonic() - started_s,
+            n_sub_batches=len(plan.sub_batches),
+            n_rows=len(works),
+            n_prefill_tokens=sum(w.n_new for w in works if w.start < w.request.n_prompt),
+            n_decode_tokens=sum(w.n_new for w in works if w.start >= w.request.n_prompt),
+            weight_bytes=weight_bytes,
+            kv_down_bytes=down,
+            kv_up_bytes=up,
+            stall_s=sweep.device.stall_s(),
+        )
+        self._totals.add(stats, n_generated=sum(w.samples for w in works))
+        for observer in self._observers:
+            observer(stats)
+
+    def _deliver(self, result: RowResult) -> None:
+        request = result.work.request
+        request.n_cached = result.work.stop
+        try:
+            ended = self._deliveries[request.request_id].feed(result)
+        except Exception:
+            logger.exception("request %s: its receiver failed", request.request_id)
+            ended = True
+        if ended:
+            self._forget(request)
+
+    def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        try:
+            self._deliveries[request.request_id].end(reason, error)
+        except Exception:
+            logger.exception("request %s: its receiver failed", request.request_id)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        if request in self._parts.residents:
+            self._parts.residents.release(request)
+        with self._changed:
+            del self._deliveries[request.request_id]
+            self._changed.notify_all()
+
+    def _end_all(self, reason: str) -> None:
+        self._queue.drain()
+        for delivery in list(self._deliveries.values()):
+            self._finish(delivery.request, FinishReason.ERROR, reason)
+
+    def _die(self, reason: str) -> None:
+        """Every present and later request hears the reason."""
+        with self._changed:
+            self._state, self._reason = EngineState.DEAD, reason
+        self._end_all(reason)
+
+    # Checks at submission.
+
+    def _check(self, request: Request) -> None:
+        n_prompt, limit = request.n_prompt, self.max_model_len
+        if n_prompt == 0:
+            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
+        if not all(0 <= t < self.vocab_size for t in request.prompt_ids):
+            bad = next(t for t in request.prompt_ids if not 0 <= t < self.vocab_size)
+            raise RequestError(
+                f"token id {bad} is outside the vocabulary of {self.vocab_size}", "prompt"
+            )
+        needs = n_prompt + (0 if request.sampling.max_tokens == 0 else 1)
+        if needs > limit:
+            raise RequestError(
+                f"the prompt has {n_prompt} tokens, the context {limit}; shorten the prompt",
+                "prompt",
+                "context_length_exceeded",
+            )
+
+    def _check_state(self) -> None:
+        if self._state is EngineState.DEAD:
+            raise EngineDeadError(self._reason)
+        if self._state is not EngineState.RUNNING:
+            raise EngineClosedError("the server is shutting down and takes no new requests")
+
+    def _retry_after_s(self) -> int:
+        """When half of what waits will probably have run, at the rate seen so far."""
+        rate = self._totals.tokens_per_s()
+        wait_s = self._queue.n_tokens / 2 / rate if rate else 1.0
+        return int(min(max(wait_s, 1), MAX_RETRY_AFTER_S))

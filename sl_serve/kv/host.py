@@ -1,0 +1,79 @@
+"""KV bytes on the host, and what of them a sub-batch needs at one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from sl_serve.core import SubBatchPlan
+from sl_serve.kv.layout import KVSpec
+from sl_serve.kv.pool import Slab
+from sl_serve.kv.rows import RowTable, row_table
+from sl_serve.ops import KVRegion
+
+
+class PrefixPart(NamedTuple):
+    """A piece of a sub-batch's cached prefix at layer 0: one bulk copy."""
+
+    host_offset_bytes: int
+    window_offset_bytes: int
+    size_bytes: int
+
+
+class HostKV:
+    """The bytes of all chunks, allocated before the first step."""
+
+    def __init__(self, spec: KVSpec, n_chunks: int) -> None:
+        self.spec = spec
+        self.memory = torch.empty(n_chunks * spec.chunk_bytes, dtype=torch.uint8)
+
+    def table(self, plan: SubBatchPlan, slabs: Mapping[int, Slab]) -> RowTable:
+        """The sub-batch's rows, relative to a layer's first region."""
+        offsets = {
+            w.slab: [c * self.spec.chunk_bytes for c in slabs[w.slab].chunks] for w in plan.rows
+        }
+        return row_table(self.spec, plan.rows, slabs, offsets)
+
+    def window_table(self, plan: SubBatchPlan, slabs: Mapping[int, Slab]) -> RowTable:
+        """The sub-batch's rows, relative to the start of a window filled as `prefix` says."""
+        offsets: dict[int, list[int]] = {}
+        n_regions = 0
+        for slab_id, _, n_after in slab_lengths(plan):
+            n_chunks = -(-n_after // slabs[slab_id].positions_per_chunk)
+            regions = range(n_regions, n_regions + n_chunks)
+            offsets[slab_id] = [r * self.spec.chunk_layer_bytes for r in regions]
+            n_regions += n_chunks
+        return row_table(self.spec, plan.rows, slabs, offsets)
+
+    def region(self, layer: int) -> KVRegion:
+        return KVRegion(self.memory, layer * self.spec.chunk_layer_bytes)
+
+    def prefix(self, plan: SubBatchPlan, slabs: Mapping[int, Slab]) -> list[PrefixPart]:
+        """What the sub-batch has cached, chunk by chunk, and where a window holds it.
+
+        A window gives every chunk that the step reads or writes a whole layer region, in order
+        of slabs and chunks, so that a chunk looks the same there as here.
+        """
+        parts = []
+        window_offset = 0
+        for slab_id, n_cached, n_after in slab_lengths(plan):
+            slab = slabs[slab_id]
+            positions = slab.positions_per_chunk
+            for i in range(-(-n_after // positions)):
+                live = min(max(n_cached - i * positions, 0), positions)
+                size = self.spec.live_bytes(slab.width, live)
+                offset = slab.chunks[i] * self.spec.chunk_bytes
+                parts.append(PrefixPart(offset, window_offset, size))
+                window_offset += self.spec.chunk_layer_bytes
+        return parts
+
+
+def slab_lengths(plan: SubBatchPlan) -> list[tuple[int, int, int]]:
+    """(slab id, longest cached length, longest length after the step), in order of appearance."""
+    lengths: dict[int, tuple[int, int]] = {}
+    for work in plan.rows:
+        cached, after = lengths.get(work.slab, (0, 0))
+        lengths[work.slab] = max(cached, work.start), max(after, work.stop)
+    return [(slab, cached, after) for slab, (cached, after) in lengths.items()]

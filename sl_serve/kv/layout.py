@@ -1,0 +1,93 @@
+"""How KV bytes lie in host memory: the reshape trick, as arithmetic.
+
+The pool is cut into chunks of equal size before the first step. A chunk holds `chunk_tokens`
+token slots for every layer, and is *reshaped* to what its slab needs: a slab of `width` rows
+reads it as chunk_tokens / width positions of width rows. So the same pool serves 64 short
+requests side by side or one long one, without moving or allocating anything.
+
+Inside a chunk the layer comes first: [layer][slots of that layer], so what one cell of the sweep
+needs from a chunk is one contiguous region. Inside the region, one of two orders:
+
+    "position"  (position, kv, row, head, dim)   the live prefix of all rows is one run of bytes:
+                                                 one bulk copy over the link (SpeedLoader, NeurIPS
+                                                 2024, moves the sequence dimension forward)
+    "row"       (row, kv, head, position, dim)   each head's keys are one run: what attention that
+                                                 reads in place streams fastest
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+KVOrder = Literal["position", "row"]
+
+
+class KVStrides(NamedTuple):
+    """Bytes between neighbours along each axis of one layer's region of a chunk."""
+
+    position: int
+    row: int
+    kv: int
+    head: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """Shape of the KV store. `chunk_tokens` and every slab width are powers of two."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    itemsize: int  # bytes per element
+    chunk_tokens: int
+    order: KVOrder
+
+    def __post_init__(self) -> None:
+        assert self.chunk_tokens & (self.chunk_tokens - 1) == 0, "chunk_tokens: a power of two"
+
+    @property
+    def token_layer_bytes(self) -> int:
+        """K and V of one token at one layer."""
+        return 2 * self.n_kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        return self.n_layers * self.token_layer_bytes
+
+    @property
+    def chunk_layer_bytes(self) -> int:
+        return self.chunk_tokens * self.token_layer_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.n_layers * self.chunk_layer_bytes
+
+    def positions(self, width: int) -> int:
+        """Positions a chunk holds when it is reshaped to `width` rows."""
+        return self.chunk_tokens // width
+
+    def strides(self, width: int) -> KVStrides:
+        head = self.head_dim * self.itemsize
+        row = self.n_kv_heads * head
+        if self.order == "position":
+            return KVStrides(position=2 * width * row, row=row, kv=width * row, head=head)
+        positions = self.positions(width)
+        return KVStrides(
+            position=head, row=2 * positions * row, kv=positions * row, head=positions * head
+        )
+
+    def live_bytes(self, width: int, n_tokens: int) -> int:
+        """Bytes of one layer's region of a chunk that hold its first `n_tokens` positions."""
+        if self.order == "position":
+            return n_tokens * self.strides(width).position
+        return self.chunk_layer_bytes if n_tokens else 0
+
+    def width_for(self, expected_tokens: int, max_width: int) -> int:
+        """Rows per slab for requests of about this length.
+
+        Four chunks at full length: enough of them that a slab grows in small parts, few enough
+        that each is a large copy.
+        """
+        width = max(1, 4 * self.chunk_tokens // max(1, expected_tokens))
+        return min(1 << (width.bit_length() - 1), max_width)

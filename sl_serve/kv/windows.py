@@ -1,0 +1,154 @@
+"""KV of the cells of a step on a device with memory of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from sl_serve.core import SubBatchPlan
+from sl_serve.device import Device, Event, Stream
+from sl_serve.kv.access import CellKV
+from sl_serve.kv.host import HostKV, PrefixPart
+from sl_serve.kv.pool import Slab
+from sl_serve.kv.rows import RowTable
+from sl_serve.ops import KVRegion, Ops
+
+HOST_STAGING_BUFFERS = 4  # arrivals under way before the host must scatter one
+
+
+class _Window(NamedTuple):
+    memory: torch.Tensor  # uint8: the prefix and room for the new tokens
+    staging: torch.Tensor  # uint8: the new tokens as (T, 2, Hk, D), on their way up
+
+
+class _Arrival(NamedTuple):
+    """New tokens that are on their way to `staging` on the host, and where they go then."""
+
+    event: Event
+    staging: torch.Tensor  # (T, 2, Hk, D)
+    layer: int
+    table: RowTable
+
+
+class WindowedKV:
+    """Device windows that the prefixes pass through, and staging that the new tokens leave by.
+
+    Order. Cell c uses window c mod n_windows (2 with look-ahead, else 1). Its prefix copies wait
+    on the load stream for `computed` of cell c - n_windows, which read that window last; the cell
+    waits for `loaded`. New tokens are appended to the window for the cell's own attention, and
+    packed into the window's staging, which the compute stream reuses only after the store
+    stream's event. On the host they arrive in a ring of buffers and are scattered into the slabs
+    when their buffer is needed again or a step begins: so a prefix, which is fetched within a
+    step, always contains every append of the steps before.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        ops: Ops,
+        host: HostKV,
+        dtype: torch.dtype,
+        look_ahead: int,
+        max_tokens: int,
+        n_chunks: int,
+    ) -> None:
+        """`max_tokens`: of a sub-batch. `n_chunks`: the most that a sub-batch may touch."""
+        spec = host.spec
+        self._device, self._ops, self._host, self._spec = device, ops, host, spec
+        self._dtype = dtype
+        self._look_ahead = min(look_ahead, 1)
+        staging_bytes = max_tokens * spec.token_layer_bytes
+        self._windows = [
+            _Window(device.empty(n_chunks * spec.chunk_layer_bytes), device.empty(staging_bytes))
+            for _ in range(self._look_ahead + 1)
+        ]
+        self._free_staging = deque(
+            torch.empty(staging_bytes, dtype=torch.uint8) for _ in range(HOST_STAGING_BUFFERS)
+        )
+        self._arrivals: deque[_Arrival] = deque()
+        self._computed: list[Event | None] = [None] * len(self._windows)
+        self._stored: list[Event | None] = [None] * len(self._windows)
+        self._loaded: list[Event | None] = [None] * len(self._windows)
+        self._host_tables: list[RowTable] = []
+        self._window_tables: list[RowTable] = []
+        self._prefixes: list[list[PrefixPart]] = []
+        self._n_cells = 0
+        self._next_fetch = 0
+        self.n_bytes_down = 0
+        self.n_bytes_up = 0
+
+    def begin(self, sub_batches: Sequence[SubBatchPlan], slabs: Mapping[int, Slab]) -> None:
+        while self._arrivals:
+            self._scatter_oldest()
+        self._host_tables = [self._host.table(s, slabs) for s in sub_batches]
+        self._prefixes = [self._host.prefix(s, slabs) for s in sub_batches]
+        self._window_tables = [self._host.window_table(s, slabs) for s in sub_batches]
+        self._n_cells = len(sub_batches) * self._spec.n_layers
+        self._next_fetch = 0
+
+    def open(self, cell: int) -> CellKV:
+        while self._next_fetch < min(cell + self._look_ahead + 1, self._n_cells):
+            self._fetch(self._next_fetch)
+            self._next_fetch += 1
+        index = cell % len(self._windows)
+        loaded = self._loaded[index]
+        assert loaded is not None
+        self._device.wait(Stream.COMPUTE, loaded)
+        table = self._window_tables[cell % len(self._window_tables)]
+        return CellKV(KVRegion(self._windows[index].memory, 0), table)
+
+    def close(self, cell: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        index = cell % len(self._windows)
+        stored = self._stored[index]
+        if stored is not None:
+            self._device.wait(Stream.COMPUTE, stored)
+        n_bytes = k.nbytes + v.nbytes
+        staged = self._windows[index].staging[:n_bytes]
+        torch.stack((k, v), dim=1, out=self._tokens(staged, len(k)))
+        self._device.computed(0.0, (self._windows[index].memory,))
+        self._computed[index] = computed = self._device.record(Stream.COMPUTE)
+        self._device.wait(Stream.STORE, computed)
+        if not self._free_staging:
+            self._scatter_oldest()
+        arriving = self._free_staging.popleft()
+        self._device.copy(Stream.STORE, arriving[:n_bytes], staged)
+        self._stored[index] = event = self._device.record(Stream.STORE)
+        layer, sub_batch = divmod(cell, len(self._host_tables))
+        self._arrivals.append(_Arrival(event, arriving, layer, self._host_tables[sub_batch]))
+        self.n_bytes_up += n_bytes
+
+    def _fetch(self, cell: int) -> None:
+        index = cell % len(self._windows)
+        computed = self._computed[index]
+        if computed is not None:
+            self._device.wait(Stream.LOAD, computed)
+        layer, sub_batch = divmod(cell, len(self._host_tables))
+        host, window = self._host.region(layer), self._windows[index].memory
+        for part in self._prefixes[sub_batch]:
+            if part.size_bytes == 0:
+                continue
+            start = host.offset_bytes + part.host_offset_bytes
+            self._device.copy(
+                Stream.LOAD,
+                window[part.window_offset_bytes : part.window_offset_bytes + part.size_bytes],
+                host.memory[start : start + part.size_bytes],
+            )
+            self.n_bytes_down += part.size_bytes
+        self._loaded[index] = self._device.record(Stream.LOAD)
+
+    def _scatter_oldest(self) -> None:
+        arrival = self._arrivals.popleft()
+        self._device.synchronize(arrival.event)
+        n_tokens = int(arrival.table.rows[-1, :2].sum())
+        k, v = self._tokens(arrival.staging, n_tokens).unbind(1)
+        self._ops.append(self._host.region(arrival.layer), arrival.table, k, v)
+        self._free_staging.append(arrival.staging)
+
+    def _tokens(self, staging: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """The first n_tokens of a staging buffer as (T, 2, Hk, D)."""
+        spec = self._spec
+        used = staging[: n_tokens * spec.token_layer_bytes].view(self._dtype)
+        return used.view(n_tokens, 2, spec.n_kv_heads, spec.head_dim)

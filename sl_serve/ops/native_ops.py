@@ -1,0 +1,91 @@
+"""The native core behind the same names: float32 on the CPU.
+
+The kernels get raw addresses, so every shape is checked here, before the call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sl_serve.kv.rows import FIELDS, RowTable
+from sl_serve.ops.protocol import KVRegion
+
+
+class NativeOps:
+    """Raises ImportError where the core is not built, ValueError for an unknown target."""
+
+    def __init__(self, n_threads: int, target: str | None = None) -> None:
+        from sl_serve._native import ROW_FIELDS, Core, targets
+
+        assert len(FIELDS) == ROW_FIELDS, "rows.py and kernels.hpp disagree"
+        target = target or targets()[0]
+        self.name = f"native ({target})"
+        self._core = Core(target, n_threads)
+
+    def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
+        _check_heads(k, table)
+        assert v.shape == k.shape and v.stride() == k.stride()
+        self._core.append(
+            k.data_ptr(), v.data_ptr(), k.stride(0), *_rows(region, table), k.shape[1], k.shape[2]
+        )
+
+    def attend(
+        self, region: KVRegion, table: RowTable, q: torch.Tensor, n_kv_heads: int
+    ) -> torch.Tensor:
+        _check_heads(q, table)
+        n_tokens, n_heads, head_dim = q.shape
+        assert n_heads % n_kv_heads == 0 and head_dim <= 512
+        out = torch.empty(n_tokens, n_heads * head_dim)
+        self._core.attend(
+            q.data_ptr(),
+            q.stride(0),
+            out.data_ptr(),
+            out.stride(0),
+            *_rows(region, table),
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            head_dim**-0.5,
+        )
+        return out
+
+    def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        n_tokens, n_heads, head_dim = x.shape
+        _check_lines(x)
+        assert x.stride(1) == head_dim and cos.shape == sin.shape == (n_tokens, head_dim // 2)
+        assert cos.is_contiguous() and sin.is_contiguous()
+        self._core.rope(
+            x.data_ptr(), x.stride(0), n_tokens, n_heads, head_dim, cos.data_ptr(), sin.data_ptr()
+        )
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        assert x.is_contiguous() and weight.shape == x.shape[-1:]
+        _check_lines(x)
+        out = torch.empty_like(x)
+        n_lines, width = x.shape
+        self._core.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), n_lines, width, eps)
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        assert gate_up.is_contiguous()
+        _check_lines(gate_up)
+        n_lines, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(n_lines, width)
+        self._core.silu_mul(gate_up.data_ptr(), out.data_ptr(), n_lines, width)
+        return out
+
+
+def _rows(region: KVRegion, table: RowTable) -> tuple[int, int, int, int]:
+    base = region.memory.data_ptr() + region.offset_bytes
+    return table.rows.ctypes.data, len(table.rows), table.chunks.ctypes.data, base
+
+
+def _check_lines(x: torch.Tensor) -> None:
+    assert x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1
+
+
+def _check_heads(x: torch.Tensor, table: RowTable) -> None:
+    _check_lines(x)
+    assert x.stride(1) == x.shape[2], "heads of a token stand side by side"
+    last = table.rows[-1]
+    assert last[0] + last[1] == x.shape[0], "the table's tokens are those of the tensor"

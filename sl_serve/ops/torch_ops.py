@@ -1,0 +1,88 @@
+"""The pure-torch twins: the reference for every kernel, and what runs where none is built."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from sl_serve.kv.rows import FIELDS, Int64Array, RowTable
+from sl_serve.ops.protocol import KVRegion
+
+
+class TorchOps:
+    name = "torch"
+
+    def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
+        n_kv_heads = k.shape[1]
+        lines = _head_lines(region, k.dtype, k.shape[2])
+        for row, chunks in _rows(table):
+            tokens = slice(row["first_token"], row["first_token"] + row["n_new"])
+            positions = np.arange(row["start"], row["start"] + row["n_new"])
+            index = _line_index(row, chunks, positions, n_kv_heads, region, k)
+            lines[index[0]] = k[tokens]
+            lines[index[1]] = v[tokens]
+
+    def attend(
+        self, region: KVRegion, table: RowTable, q: torch.Tensor, n_kv_heads: int
+    ) -> torch.Tensor:
+        n_tokens, n_heads, head_dim = q.shape
+        lines = _head_lines(region, q.dtype, head_dim)
+        out = torch.empty_like(q)
+        for row, chunks in _rows(table):
+            tokens = slice(row["first_token"], row["first_token"] + row["n_new"])
+            n_context = row["start"] + row["n_new"]
+            index = _line_index(row, chunks, np.arange(n_context), n_kv_heads, region, q)
+            k, v = lines[index[0]], lines[index[1]]  # (context, Hk, D)
+            causal = torch.ones(row["n_new"], n_context, dtype=torch.bool).tril(row["start"])
+            out[tokens] = F.scaled_dot_product_attention(
+                q[tokens].transpose(0, 1)[None],
+                k.transpose(0, 1)[None],
+                v.transpose(0, 1)[None],
+                attn_mask=causal,
+                enable_gqa=n_heads != n_kv_heads,
+            )[0].transpose(0, 1)
+        return out.view(n_tokens, n_heads * head_dim)
+
+    def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        lo, hi = x.chunk(2, dim=-1)
+        cos, sin = cos[:, None], sin[:, None]
+        rotated = lo * cos - hi * sin
+        hi.copy_(hi * cos + lo * sin)
+        lo.copy_(rotated)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def _rows(table: RowTable) -> list[tuple[dict[str, int], Int64Array]]:
+    rows = [dict(zip(FIELDS, r, strict=True)) for r in table.rows.tolist()]
+    ends = [*(r["first_chunk"] for r in rows[1:]), len(table.chunks)]
+    return [(r, table.chunks[r["first_chunk"] : e]) for r, e in zip(rows, ends, strict=True)]
+
+
+def _head_lines(region: KVRegion, dtype: torch.dtype, head_dim: int) -> torch.Tensor:
+    """The region's memory as (n, head_dim): every head of every position is one line of it."""
+    return region.memory.view(dtype).view(-1, head_dim)
+
+
+def _line_index(
+    row: dict[str, int],
+    chunks: Int64Array,
+    positions: Int64Array,
+    n_kv_heads: int,
+    region: KVRegion,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """Line numbers (2, positions, heads) of keys and values."""
+    line_bytes = like.shape[2] * like.element_size()
+    chunk, within = np.divmod(positions, row["chunk_positions"])
+    key_bytes = region.offset_bytes + chunks[chunk] + within * row["position_stride"]
+    heads = np.arange(n_kv_heads) * row["head_stride"]
+    both = np.array([0, row["kv_stride"]])
+    index = both[:, None, None] + key_bytes[:, None] + heads
+    return torch.from_numpy(index // line_bytes)

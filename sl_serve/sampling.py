@@ -1,0 +1,147 @@
+"""Logits to token ids, each row by its own rules, whatever stands beside it.
+
+A draw depends on (seed, number of the token) alone, through a counter-based generator, so the
+same request gives the same tokens alone, in a crowd, and after it was parked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sl_serve.core import Request, SamplingParams, TokenLogprob
+from sl_serve.errors import SlServeError
+
+# A nucleus is nearly always among this many tokens; only when it is not, the whole row is sorted.
+NUCLEUS_GUESS = 256
+
+
+class NonFiniteLogitsError(SlServeError):
+    """The model produced NaN or infinity: no token can be drawn from that."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+def sample(
+    logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int]
+) -> list[SampledToken]:
+    """Draw one token per row of `logits` (n, vocabulary), float32; the tensor is used up."""
+    best = logits.amax(dim=-1)
+    if not torch.isfinite(best).all():
+        raise NonFiniteLogitsError("the model produced logits that are not finite numbers")
+    logprobs = {
+        i: torch.log_softmax(logits[i], dim=-1)
+        for i, r in enumerate(requests)
+        if r.sampling.logprobs is not None
+    }
+    for row, request in zip(logits, requests, strict=True):
+        _adjust(row, request, eos_token_ids)
+    greedy = logits.argmax(dim=-1).tolist()
+    ids = [
+        greedy[i] if r.sampling.temperature == 0 else _draw(logits[i], r)
+        for i, r in enumerate(requests)
+    ]
+    return [
+        SampledToken(
+            token_id,
+            token_logprob(logprobs[i], token_id, request.sampling.logprobs or 0)
+            if i in logprobs
+            else None,
+        )
+        for i, (token_id, request) in enumerate(zip(ids, requests, strict=True))
+    ]
+
+
+def token_logprob(logprobs: torch.Tensor, token_id: int, n_top: int) -> TokenLogprob:
+    """`logprobs`: (vocabulary,). The token's own value and those in `top` are the same floats."""
+    top: tuple[tuple[int, float], ...] = ()
+    if n_top:
+        values, ids = logprobs.topk(min(n_top, len(logprobs)))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token_id, float(logprobs[token_id]), top)
+
+
+def prompt_logprobs(logits: torch.Tensor, targets: Sequence[int], n_top: int) -> list[TokenLogprob]:
+    """What the model thought of the tokens that follow: logits (n, vocabulary), targets (n,)."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    return [token_logprob(row, t, n_top) for row, t in zip(logprobs, targets, strict=True)]
+
+
+def _adjust(logits: torch.Tensor, request: Request, eos_token_ids: Sequence[int]) -> None:
+    """Bias, bans and penalties, in place."""
+    params = request.sampling
+    if params.logit_bias:
+        biased = torch.tensor(list(params.logit_bias))
+        logits[biased] += torch.tensor(list(params.logit_bias.values()))
+    if params.repetition_penalty != 1.0:
+        _penalise_repetition(logits, request, params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and request.output_ids:
+        ids, counts = np.unique(request.output_ids, return_counts=True)
+        penalty = params.presence_penalty + params.frequency_penalty * counts
+        logits[torch.from_numpy(ids)] -= torch.from_numpy(penalty).float()
+    if len(request.output_ids) < params.min_tokens:
+        banned = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        logits[list(banned)] = -torch.inf
+
+
+def _penalise_repetition(logits: torch.Tensor, request: Request, penalty: float) -> None:
+    ids = torch.from_numpy(np.unique(request.token_ids(0, request.n_tokens)))
+    seen = logits[ids]
+    logits[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+
+
+def _draw(logits: torch.Tensor, request: Request) -> int:
+    params = request.sampling
+    assert params.seed is not None, "the engine draws one at submission"
+    uniform = _uniform(params.seed, len(request.output_ids))
+    probs = torch.softmax(logits.double() / params.temperature, dim=-1)
+    if params.top_k or params.top_p < 1.0 or params.min_p > 0.0:
+        probs, ids = _truncate(probs, params)
+        return int(ids[_inverse_cdf(probs, uniform)])
+    return _inverse_cdf(probs, uniform)
+
+
+def _truncate(probs: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that top_k, top_p and min_p leave, most probable first; not renormalised.
+
+    top_p keeps the smallest set that reaches its mass (arXiv 1904.09751), measured after top_k;
+    min_p keeps what has at least that share of the best token's probability (arXiv 2407.01082).
+    """
+    n = params.top_k or len(probs)
+    guess = min(n, NUCLEUS_GUESS, len(probs))
+    best, ids = probs.topk(guess)
+    if guess < n and not _closed(best, params):
+        best, ids = probs.sort(descending=True)
+    best, ids = best[:n], ids[:n]
+    before = best.cumsum(0) - best
+    total = best.sum() if params.top_k else 1.0
+    keep = (before < params.top_p * total) & (best >= params.min_p * best[0])
+    keep[0] = True
+    return best[keep], ids[keep]
+
+
+def _closed(best: torch.Tensor, params: SamplingParams) -> bool:
+    """Whether what is left out could not have been kept either. `best` is sorted."""
+    reached = params.top_p < 1.0 and bool(best.sum() >= params.top_p)
+    return reached or bool(best[-1] < params.min_p * best[0])
+
+
+def _inverse_cdf(probs: torch.Tensor, uniform: float) -> int:
+    cumulative = probs.cumsum(0)
+    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    if index >= len(probs):  # uniform * total rounded up to the total itself
+        return int(probs.nonzero()[-1])
+    return index
+
+
+def _uniform(seed: int, token_number: int) -> float:
+    """In [0, 1), a function of both numbers alone (Philox, Salmon et al., SC 2011)."""
+    key = np.array([seed & (2**64 - 1), token_number], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key)).random())

@@ -1,0 +1,112 @@
+"""config.json of a Hugging Face model folder -> ModelConfig, one function per dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sl_serve.config import DTypeName, ModelConfig, RopeConfig
+from sl_serve.errors import ModelError
+from sl_serve.weights.families import check_family, check_heads
+from sl_serve.weights.fields import MAX_LAYERS, Fields
+
+_STORED_DTYPES: dict[str, DTypeName] = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+}
+
+
+def model_config_from_hf(
+    raw: Mapping[str, Any], generation: Mapping[str, Any], source: str
+) -> ModelConfig:
+    """`raw` is config.json, `generation` generation_config.json (or empty); `source` is named in
+    messages. Raises ModelError for anything that would change the arithmetic unnoticed."""
+    fields = Fields(raw, source)
+    family = fields.text("model_type")
+    check_family(family, _DIALECTS, source)
+    if isinstance(method := raw.get("quantization_config"), dict):
+        name = str(method.get("quant_method", "unnamed"))[:40]
+        raise ModelError(f"{source}: weights quantised with {name!r} cannot be read")
+    return _DIALECTS[family](fields, Fields(generation, "generation_config.json"))
+
+
+def _llama(fields: Fields, generation: Fields) -> ModelConfig:
+    fields.only("hidden_act", "silu")
+    n_heads = fields.integer("num_attention_heads")
+    n_kv_heads = fields.integer("num_key_value_heads", n_heads)
+    hidden_size = fields.integer("hidden_size")
+    vocab_size = fields.integer("vocab_size")
+    max_positions = fields.integer("max_position_embeddings", 2048)
+    head_dim = fields.integer("head_dim", hidden_size // n_heads)
+    check_heads(n_heads, n_kv_heads, head_dim, fields.source)
+    eos_token_ids = _token_ids(fields, "eos_token_id", vocab_size)
+    eos_token_ids |= _token_ids(generation, "eos_token_id", vocab_size)
+    bos_token_ids = _token_ids(fields, "bos_token_id", vocab_size)
+    return ModelConfig(
+        family=fields.text("model_type"),
+        n_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope=_rope(fields, max_positions),
+        tie_embeddings=fields.boolean("tie_word_embeddings", False),
+        attention_bias=fields.boolean("attention_bias", False),
+        mlp_bias=fields.boolean("mlp_bias", False),
+        dtype=_stored_dtype(fields),
+        eos_token_ids=tuple(sorted(eos_token_ids)),
+        bos_token_id=min(bos_token_ids, default=None),
+    )
+
+
+def _rope(fields: Fields, max_positions: int) -> RopeConfig:
+    """transformers 4 writes rope_theta and rope_scaling, 5 joins them in rope_parameters."""
+    raw = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(raw, dict) or any(isinstance(value, dict) for value in raw.values()):
+        raise ModelError(f"{fields.source}: rotary parameters per layer type are not supported")
+    scaling = Fields(raw, f"{fields.source}: rotary parameters")
+    for holder in (fields, scaling):
+        holder.only("partial_rotary_factor", 1.0)
+    theta = scaling.number("rope_theta", fields.number("rope_theta", 10000.0))
+    kind = scaling.text("rope_type", scaling.text("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind == "linear":
+        return RopeConfig(theta, "linear", scaling.number("factor"))
+    if kind == "llama3":
+        return RopeConfig(
+            theta,
+            "llama3",
+            scaling.number("factor"),
+            scaling.number("low_freq_factor"),
+            scaling.number("high_freq_factor"),
+            scaling.integer("original_max_position_embeddings", max_positions),
+        )
+    raise ModelError(
+        f"{fields.source}: rotary scaling {kind[:40]!r} is not supported (default, linear, llama3)"
+    )
+
+
+def _token_ids(fields: Fields, key: str, vocab_size: int) -> set[int]:
+    """One id, a list of ids or nothing. Ids outside the vocabulary can never be drawn."""
+    value = fields.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(item) is int for item in ids):
+        raise ModelError(f"{fields.source}: {key} must be token ids, not {str(value)[:80]}")
+    return {item for item in ids if 0 <= item < vocab_size}
+
+
+def _stored_dtype(fields: Fields) -> DTypeName:
+    name = fields.text("dtype", fields.text("torch_dtype", "float32"))
+    if name not in _STORED_DTYPES:
+        known = ", ".join(_STORED_DTYPES)
+        raise ModelError(f"{fields.source}: dtype {name[:40]!r} is not supported ({known})")
+    return _STORED_DTYPES[name]
+
+
+_DIALECTS: dict[str, Callable[[Fields, Fields], ModelConfig]] = {"llama": _llama}

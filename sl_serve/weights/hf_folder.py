@@ -1,0 +1,105 @@
+"""A Hugging Face model folder: config.json, safetensors shards, tokenizer files.
+
+Nothing in the folder is ever executed: `auto_map` is ignored and pickled weights are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sl_serve.errors import CheckpointError, ModelError
+from sl_serve.tokenizer import Tokenizer
+from sl_serve.weights.fields import read_json_object
+from sl_serve.weights.hf_config import model_config_from_hf
+from sl_serve.weights.hf_tokenizer import load_hf_tokenizer
+from sl_serve.weights.safetensors_file import SafetensorsFile
+
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+class HfFolder:
+    """Checkpoint over safetensors shards. All headers are checked on opening; no data is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        generation_path = path / "generation_config.json"
+        generation = read_json_object(generation_path) if generation_path.is_file() else {}
+        config_path = path / "config.json"
+        self.config = model_config_from_hf(
+            read_json_object(config_path), generation, str(config_path)
+        )
+        self._files = _open_shards(path)
+
+    def names(self) -> Collection[str]:
+        return self._files.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).entries[name].shape
+
+    def read(self, name: str) -> torch.Tensor:
+        """In the stored dtype, over the mapped file: it must not be written to."""
+        tensor = self._file(name).read(name)
+        if tensor.dtype not in _FLOATS:
+            raise ModelError(f"{self.path}: {name} is stored as {tensor.dtype}, not as a float")
+        return tensor
+
+    def load_tokenizer(self) -> Tokenizer:
+        return load_hf_tokenizer(self.path, self.config)
+
+    def close(self) -> None:
+        for file in set(self._files.values()):
+            file.close()
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            raise CheckpointError(f"{self.path}: no tensor {name}")
+        return self._files[name]
+
+
+def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the open file that holds it."""
+    index_path = folder / "model.safetensors.index.json"
+    if index_path.is_file():
+        shards = _shards_of(read_json_object(index_path), index_path)
+        files = {shard: SafetensorsFile(folder / shard) for shard in sorted(set(shards.values()))}
+        for name, shard in shards.items():
+            if name not in files[shard].entries:
+                raise CheckpointError(
+                    f"{folder / shard}: no tensor {name[:120]!r}, which the index promises"
+                )
+        return {name: files[shard] for name, shard in shards.items()}
+    single_path = folder / "model.safetensors"
+    if single_path.is_file():
+        file = SafetensorsFile(single_path)
+        return dict.fromkeys(file.entries, file)
+    raise ModelError(_why_no_weights(folder))
+
+
+def _shards_of(index: Mapping[str, Any], index_path: Path) -> dict[str, str]:
+    """The index's tensor name -> file name; every file must lie in the folder itself."""
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{index_path}: needs a weight_map of tensor names to file names")
+    for shard in set(map(str, shards.values())):
+        plain = shard == Path(shard).name and "\\" not in shard and shard.isprintable()
+        if not plain or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index_path}: {shard[:120]!r} is not a file name of this folder"
+            )
+    return {name: str(shard) for name, shard in shards.items()}
+
+
+def _why_no_weights(folder: Path) -> str:
+    files = sorted(path.name for path in folder.iterdir())
+    pickled = [name for name in files if Path(name).suffix in _PICKLE_SUFFIXES]
+    if pickled:
+        return (
+            f"{folder}: weights only as {pickled[0]}, a pickle file, which can run code when it is "
+            "read; convert them to safetensors"
+        )
+    return f"{folder}: neither model.safetensors nor model.safetensors.index.json"

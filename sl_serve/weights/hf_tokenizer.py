@@ -1,0 +1,107 @@
+"""The tokenizer files of a Hugging Face folder -> Tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from sl_serve.chat_template import MAX_TEMPLATE_CHARS
+from sl_serve.config import ModelConfig
+from sl_serve.errors import CheckpointError, ModelError
+from sl_serve.tokenizer import Tokenizer
+from sl_serve.weights.fields import read_json_object
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def load_hf_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """From tokenizer.json, or converted by transformers where only the older files exist."""
+    settings = _optional_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        backend = _load_backend(folder / "tokenizer.json")
+    else:
+        backend = _convert_with_transformers(folder)
+    special = {name: text for name in _SPECIAL_NAMES if (text := _token_text(settings.get(name)))}
+    if isinstance(settings.get("add_bos_token", settings.get("add_eos_token")), bool):
+        _set_added_ends(backend, settings, special)
+    return Tokenizer(
+        backend,
+        eos_token_ids=config.eos_token_ids,
+        bos_token_id=config.bos_token_id,
+        special_tokens=special,
+        chat_templates=_chat_templates(folder, settings),
+    )
+
+
+def _load_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise CheckpointError(f"{path}: not a tokenizer ({str(error)[:160]})") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _convert_with_transformers(folder: Path) -> tokenizers.Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        return loaded.backend_tokenizer
+    except Exception as error:  # whatever goes wrong there, the folder has no usable tokenizer
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ModelError(f"{folder}: no tokenizer.json, and none can be made: {reason}") from None
+
+
+def _set_added_ends(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], special: Mapping[str, str]
+) -> None:
+    """add_bos_token and add_eos_token, where written, rule over tokenizer.json's own processor."""
+    first = (
+        [special["bos_token"]] if settings.get("add_bos_token") and "bos_token" in special else []
+    )
+    last = (
+        [special["eos_token"]] if settings.get("add_eos_token") and "eos_token" in special else []
+    )
+    ends = [(text, backend.token_to_id(text)) for text in dict.fromkeys(first + last)]
+    if all(token_id is not None for _, token_id in ends):
+        backend.post_processor = TemplateProcessing(
+            single=[*first, "$A", *last], special_tokens=ends
+        )
+
+
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> Jinja source; "default" is the one for every request without a better one."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        if path.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes are no chat template")
+        return {"default": path.read_text(encoding="utf-8", errors="replace")}
+    written = settings.get("chat_template")
+    if isinstance(written, str):
+        return {"default": written}
+    entries = written if isinstance(written, list) else []
+    return {
+        entry["name"]: entry["template"]
+        for entry in entries
+        if isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("template"), str)
+    }
+
+
+def _token_text(value: object) -> str | None:
+    """A token is written as its text or as an object with its text under `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.is_file() else {}
