@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import structlog
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -26,6 +27,8 @@ from server.settings import ServerSettings
 from server.tokens import token_routes
 from sl_serve import __version__
 from sl_serve.errors import SlServeError
+
+log = structlog.get_logger(__name__)
 
 
 def create_app(engine: EnginePort, settings: ServerSettings) -> DescribedApp:
@@ -102,7 +105,10 @@ async def _answer_api_error(_: Request, error: Exception) -> Response:
 
 async def _answer_engine_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, SlServeError)
-    return from_engine(error).response()
+    answer = from_engine(error)
+    if answer.status >= 500:
+        log.error("engine_refused", reason=str(error))
+    return answer.response()
 
 
 async def _answer_http_error(_: Request, error: Exception) -> Response:

@@ -103,4 +103,6 @@ def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _not_built_in(param: str, what: str) -> RequestError:
-    return RequestError(f"'{param}' asks for {what}, which is not built in.", param, "not_supported")
+    return RequestError(
+        f"'{param}' asks for {what}, which is not built in.", param, "not_supported"
+    )

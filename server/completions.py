@@ -26,9 +26,7 @@ class Completions:
         model = self._context.model_name(body.model)
         engine = self._context.engine
         self._check(body)
-        sampling = sampling_params(
-            body, engine.vocab_size, logprobs=body.logprobs, echo=body.echo
-        )
+        sampling = sampling_params(body, engine.vocab_size, logprobs=body.logprobs, echo=body.echo)
         prompts = [encode(engine, prompt, body.add_special_tokens) for prompt in body.prompt]
         return plan_work(
             "cmpl",

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 import structlog
-from starlette.requests import Request
 
 from server.engine_port import EnginePort
 from server.errors import ApiError
@@ -48,10 +47,6 @@ class ServerContext:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, lambda: work(*args, **kwargs))
 
-    async def read(self, request: Request, kind: type[BodyT]) -> BodyT:
-        raw = await request.body()
-        return await self.off_loop(self.parse, kind, raw)
-
     def parse(self, kind: type[BodyT], raw: bytes) -> BodyT:
         body = validate(kind, parse_object(raw, self.settings.max_json_depth))
         self._note_ignored(body)
@@ -75,7 +70,7 @@ class ServerContext:
         """Hands the work to the engine; nothing is left behind where it refuses."""
         if self.draining:
             raise EngineClosedError("draining")
-        job = Job(self.engine, work, self.metrics.watch(len(work.choices)))
+        job = Job(self.engine, work, self.metrics.watch(len(work.choices), time.monotonic()))
         job.submit()
         self.jobs.add(job)
         return job

@@ -10,7 +10,7 @@ from sl_serve.stats import EngineSnapshot, StepStats
 
 
 class TokenizerPort(Protocol):
-    """Thread-safe. `token_bytes` of a part of a character are not valid UTF-8 by themselves."""
+    r"""Thread-safe. `token_text` shows a part of a character as bytes:\xNN."""
 
     @property
     def vocab_size(self) -> int: ...

@@ -45,9 +45,6 @@ class Job:
 
     def submit(self) -> None:
         """All or nothing; raises what the engine raises."""
-        now = time.monotonic()
-        for request in self._requests:
-            request.arrival_s = now
         self._engine.submit(self._requests)
 
     def abort(self) -> None:

@@ -1,9 +1,9 @@
-"""Prometheus metrics. Names follow vLLM's under our own prefix, so that its dashboards carry over."""
+"""Prometheus metrics. Names follow vLLM's under our own prefix, for the dashboards there are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -29,29 +29,30 @@ class _ChoiceTimes:
     n_tokens: int = 0
 
 
-@dataclass(slots=True)
+# field of EngineSnapshot -> (name, help); counters end in _total
+ENGINE_METRICS = {
+    "n_running": ("num_requests_running", "Requests in the batch"),
+    "n_waiting": ("num_requests_waiting", "Requests in the queue"),
+    "waiting_tokens": ("num_tokens_waiting", "Tokens of the requests in the queue"),
+    "kv_used_bytes": ("kv_cache_used_bytes", "KV memory in use"),
+    "kv_total_bytes": ("kv_cache_total_bytes", "KV memory there is"),
+    "since_progress_s": ("since_progress_seconds", "Since the last step ended"),
+    "prompt_tokens_total": ("prompt_tokens_total", "Prompt tokens computed"),
+    "generated_tokens_total": ("generation_tokens_total", "Tokens generated"),
+    "n_parked_total": ("num_preemptions_total", "Rows parked for want of KV memory"),
+    "n_steps": ("engine_steps_total", "Steps done"),
+}
+
+
 class _EngineCollector(Collector):
     """Reads the engine's own totals at the moment of the scrape."""
 
-    engine: EnginePort
-    fields: dict[str, tuple[str, str]] = field(
-        default_factory=lambda: {
-            "n_running": ("num_requests_running", "Requests in the batch"),
-            "n_waiting": ("num_requests_waiting", "Requests in the queue"),
-            "waiting_tokens": ("num_tokens_waiting", "Tokens of the requests in the queue"),
-            "kv_used_bytes": ("kv_cache_used_bytes", "KV memory in use"),
-            "kv_total_bytes": ("kv_cache_total_bytes", "KV memory there is"),
-            "since_progress_s": ("since_progress_seconds", "Since the last step ended"),
-            "prompt_tokens_total": ("prompt_tokens_total", "Prompt tokens computed"),
-            "generated_tokens_total": ("generation_tokens_total", "Tokens generated"),
-            "n_parked_total": ("num_preemptions_total", "Rows parked for want of KV memory"),
-            "n_steps": ("engine_steps_total", "Steps done"),
-        }
-    )
+    def __init__(self, engine: EnginePort) -> None:
+        self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        snapshot = self.engine.snapshot()
-        for attribute, (name, text) in self.fields.items():
+        snapshot = self._engine.snapshot()
+        for attribute, (name, text) in ENGINE_METRICS.items():
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             yield family(PREFIX + name, text, value=getattr(snapshot, attribute))
         usage = snapshot.kv_used_bytes / snapshot.kv_total_bytes if snapshot.kv_total_bytes else 0.0

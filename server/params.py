@@ -72,7 +72,9 @@ def check_limits(body: GenerationBody, settings: ServerSettings, n_prompts: int)
         )
     _at_most("stop", max(map(len, body.stop), default=0), settings.max_stop_chars, " characters")
     if body.stream_options is not None and not body.stream:
-        raise RequestError("'stream_options' is only allowed with 'stream': true.", "stream_options")
+        raise RequestError(
+            "'stream_options' is only allowed with 'stream': true.", "stream_options"
+        )
 
 
 def check_logprobs(param: str, asked: int, settings: ServerSettings) -> None:
@@ -130,7 +132,8 @@ def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
     for key in bias:
         if not (key.isascii() and key.isdecimal() and len(key) < 19 and int(key) < vocab_size):
             raise RequestError(
-                f"'logit_bias' has the key {key[:40]!r}; keys are token ids, 0 to {vocab_size - 1}.",
+                f"'logit_bias' has the key {key[:40]!r}; keys are token ids from 0 "
+                f"to {vocab_size - 1}.",
                 "logit_bias",
             )
     return {int(key): float(value) for key, value in bias.items()}

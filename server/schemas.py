@@ -93,9 +93,7 @@ Prompts = Annotated[
     list[str | list[int]], PlainValidator(read_prompts), WithJsonSchema(PROMPT_SCHEMA)
 ]
 Content = Annotated[str, PlainValidator(read_content), WithJsonSchema(CONTENT_SCHEMA)]
-Stop = Annotated[
-    list[NonEmpty], FailFast(), BeforeValidator(_as_list), WithJsonSchema(STOP_SCHEMA)
-]
+Stop = Annotated[list[NonEmpty], FailFast(), BeforeValidator(_as_list), WithJsonSchema(STOP_SCHEMA)]
 
 
 class Body(BaseModel):
@@ -184,7 +182,7 @@ class ChatBody(GenerationBody):
 class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
-    messages: Messages | None = None
+    messages: Messages = Field(default_factory=list)
     add_special_tokens: bool | None = None  # true for a prompt, false for messages
     add_generation_prompt: bool = True
     return_token_strs: bool = False

@@ -19,7 +19,6 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()  # further Host names on a loopback address without keys
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 32 * 2**20
-    max_head_bytes: int = 64 * 2**10  # request line and headers together
     max_json_depth: int = 64
     max_n: int = 128
     max_choices: int = 1024  # prompts times n of one HTTP request

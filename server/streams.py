@@ -24,7 +24,7 @@ def event(data: dict[str, Any]) -> bytes:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, or ClientGoneError as soon as the client is gone; then it is cancelled."""
+    """The result of `work`; ClientGoneError, and `work` cancelled, once the client is gone."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_gone(receive))
     try:
@@ -64,7 +64,7 @@ class EventStream(Response):
         self._ping_s = ping_s
         self._on_close = on_close
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         try:
             with suppress(ClientGoneError):
                 await unless_gone(receive, self._send_all(send))

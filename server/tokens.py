@@ -50,10 +50,10 @@ def _tokenize(context: ServerContext, raw: bytes) -> dict[str, Any]:
     body = context.parse(TokenizeBody, raw)
     context.model_name(body.model)
     tokenizer = context.engine.tokenizer
-    if (body.prompt is None) == (body.messages is None):
+    if (body.prompt is None) == (not body.messages):
         raise RequestError("Give either 'prompt' or 'messages'.", "prompt")
     text, special = body.prompt, body.add_special_tokens is not False
-    if body.messages is not None:
+    if body.messages:
         text = tokenizer.render_chat(
             [message.for_template() for message in body.messages],
             add_generation_prompt=body.add_generation_prompt,

@@ -63,7 +63,7 @@ class Tokenizer:
         """Special tokens written out in `text` become their ids. Releases the GIL meanwhile."""
         try:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except UnicodeEncodeError:
+        except TypeError:  # the package's word for a str that has no UTF-8
             raise RequestError(
                 "the text is not valid Unicode: it has half a surrogate pair", param="prompt"
             ) from None

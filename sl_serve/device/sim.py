@@ -33,7 +33,7 @@ class SlotReuseError(SlServeError):
 
 @dataclass(frozen=True, slots=True)
 class HardwareProfile:
-    """Rates of a machine; bandwidths in bytes per second each way, arithmetic in FLOP per second."""
+    """Rates of a machine: link bandwidth each way, arithmetic."""
 
     name: str
     down_bytes_per_s: float
@@ -68,6 +68,8 @@ class SimDevice:
         self._queues = {s: _Queue(deque()) for s in Stream}
         self._read_until_s: dict[int, float] = {}  # buffer address -> end of its last reading
         self._stall_s = 0.0
+        self.n_bytes_down = 0
+        self.n_bytes_up = 0
 
     def empty(self, n_bytes: int) -> torch.Tensor:
         return torch.full((n_bytes,), 0xFF, dtype=torch.uint8)
@@ -83,8 +85,12 @@ class SimDevice:
         dst.fill_(0xFF)  # all bits set: NaN in every float format
         queue.pending.append((dst, src))
         queue.n_queued += 1
-        down = stream is Stream.LOAD
-        rate = self.profile.down_bytes_per_s if down else self.profile.up_bytes_per_s
+        if stream is Stream.LOAD:
+            rate = self.profile.down_bytes_per_s
+            self.n_bytes_down += dst.numel()
+        else:
+            rate = self.profile.up_bytes_per_s
+            self.n_bytes_up += dst.numel()
         queue.time_s += dst.numel() / rate
 
     def record(self, stream: Stream) -> SimEvent:

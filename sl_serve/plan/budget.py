@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import psutil
+
+from sl_serve.errors import UserError
 
 GIB = 1 << 30
 
@@ -39,3 +42,15 @@ def gib(n_bytes: float) -> str:
     if n_bytes < GIB:
         return f"{n_bytes / (1 << 20):.0f} MiB"
     return f"{n_bytes / GIB:.1f} GiB"
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{u}I": 1 << (10 * i) for i, u in enumerate("KMGT", start=1)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "24GiB", "700 MB", "8G" (as GB) or a plain number. Raises UserError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if found is None:
+        raise UserError(f"'{text}' is no size; write it like 700MB, 8GiB or 8589934592")
+    return int(float(found[1]) * _UNITS[found[2]])

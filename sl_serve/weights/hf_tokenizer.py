@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from sl_serve.chat_template import MAX_TEMPLATE_CHARS
 from sl_serve.config import ModelConfig
@@ -19,15 +18,16 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_hf_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
-    """From tokenizer.json, or converted by transformers where only the older files exist."""
+    """From tokenizer.json, or converted by transformers where only the older files exist.
+
+    tokenizer.json alone says what is put around a text, as in transformers 5; add_bos_token in
+    tokenizer_config.json is for the older files."""
     settings = _optional_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
         backend = _load_backend(folder / "tokenizer.json")
     else:
         backend = _convert_with_transformers(folder)
     special = {name: text for name in _SPECIAL_NAMES if (text := _token_text(settings.get(name)))}
-    if isinstance(settings.get("add_bos_token", settings.get("add_eos_token")), bool):
-        _set_added_ends(backend, settings, special)
     return Tokenizer(
         backend,
         eos_token_ids=config.eos_token_ids,
@@ -58,23 +58,6 @@ def _convert_with_transformers(folder: Path) -> tokenizers.Tokenizer:
     except Exception as error:  # whatever goes wrong there, the folder has no usable tokenizer
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ModelError(f"{folder}: no tokenizer.json, and none can be made: {reason}") from None
-
-
-def _set_added_ends(
-    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """add_bos_token and add_eos_token, where written, rule over tokenizer.json's own processor."""
-    first = (
-        [special["bos_token"]] if settings.get("add_bos_token") and "bos_token" in special else []
-    )
-    last = (
-        [special["eos_token"]] if settings.get("add_eos_token") and "eos_token" in special else []
-    )
-    ends = [(text, backend.token_to_id(text)) for text in dict.fromkeys(first + last)]
-    if all(token_id is not None for _, token_id in ends):
-        backend.post_processor = TemplateProcessing(
-            single=[*first, "$A", *last], special_tokens=ends
-        )
 
 
 def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,15 @@ _WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _WAYS = f"a folder with config.json, a .gguf file, a Hugging Face id (org/name) or {DEMO_NAME}"
 
+_UNREACHABLE = "the Hugging Face hub cannot be reached; give a folder or a .gguf file"
+
 
 def resolve_model(model: str, progress: Progress | None = None) -> Path:
     """A folder or .gguf file as it is; `smollm2` or `org/name` from the cache or else fetched.
 
     Raises ModelError, naming the ways to give a model, when there is none of that name."""
-    path = Path(model).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(model))
+    if os.path.exists(path):  # unlike Path.exists, false for a name too long to be one
         return path
     if model == DEMO_NAME or _is_hub_id(model):
         return pull(model, progress)
@@ -57,6 +60,29 @@ def _cached_snapshot(name: str) -> Path | None:
     return folder if _is_complete(folder) else None
 
 
+def _download_snapshot(name: str, progress: Progress) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    progress(f"fetching {name} from the Hugging Face hub")
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_WANTED_FILES, etag_timeout=10))
+    except hub.GatedRepoError:
+        raise ModelError(
+            f"{name}: its owner asks for an agreement first; accept it on the hub and set HF_TOKEN"
+        ) from None
+    except hub.RepositoryNotFoundError:
+        raise ModelError(f"{name}: no such model on the hub, or it is private") from None
+    except hub.LocalEntryNotFoundError:
+        raise ModelError(f"{name}: not in the local cache, and {_UNREACHABLE}") from None
+    except OSError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"{name}: cannot be fetched: {reason}") from None
+    if not _is_complete(folder):  # also what comes back when the hub does not answer
+        raise ModelError(f"{name}: no safetensors weights in the local cache, or {_UNREACHABLE}")
+    return folder
+
+
 def _is_complete(folder: Path) -> bool:
     """Other programs leave snapshots with a few files only, such as the tokenizer's."""
     if not (folder / "config.json").is_file():
@@ -68,35 +94,6 @@ def _is_complete(folder: Path) -> bool:
     return isinstance(shards, dict) and all(
         (folder / str(shard)).is_file() for shard in set(map(str, shards.values()))
     )
-
-
-def _download_snapshot(name: str, progress: Progress) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    progress(f"fetching {name} from the Hugging Face hub")
-    try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED_FILES, etag_timeout=10))
-    except GatedRepoError:
-        raise ModelError(
-            f"{name}: its owner asks for an agreement first; accept it on the hub and set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"{name}: no such model on the Hugging Face hub (or it is private)"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise ModelError(
-            f"{name}: not in the local cache, and the Hugging Face hub cannot be reached; give a "
-            "folder or a .gguf file"
-        ) from None
-    except OSError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{name}: cannot be fetched: {reason}") from None
 
 
 def _silent(_line: str) -> None:

@@ -9,13 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny_models import permuted, tiny_llama, write_tiny_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sl_serve.config import RopeConfig
 from sl_serve.errors import CheckpointError, ModelError, UserError
 from sl_serve.weights.checkpoint import open_checkpoint
+from tests.weights.tiny_models import permuted, tiny_llama, write_tiny_gguf
 
 Kind = gguf.GGMLQuantizationType
 
@@ -265,7 +265,8 @@ def small(tmp_path: Path) -> Path:
 def test_every_truncation_is_refused(small: Path) -> None:
     whole = small.read_bytes()
     end = max(tensor.data_offset + tensor.n_bytes for tensor in gguf.GGUFReader(small).tensors)
-    for size in range(int(end)):
+    in_data = range(int(gguf.GGUFReader(small).data_offset), int(end), 37)
+    for size in (*range(in_data.start), *in_data, int(end) - 1):
         small.write_bytes(whole[:size])
         with pytest.raises(CheckpointError):
             open_checkpoint(small)
@@ -278,7 +279,7 @@ def test_damage_never_ends_in_another_error(small: Path) -> None:
     header_bytes = gguf.GGUFReader(small).data_offset
     generator = random.Random(1)
     n_refused = 0
-    for _ in range(1500):
+    for _ in range(800):
         damaged = bytearray(whole)
         for _ in range(generator.randint(1, 3)):
             damaged[generator.randrange(int(header_bytes))] = generator.choice([0, 1, 9, 127, 255])
@@ -290,4 +291,4 @@ def test_damage_never_ends_in_another_error(small: Path) -> None:
             checkpoint.load_tokenizer().encode("abc <x>")
         except UserError:
             n_refused += 1
-    assert 300 < n_refused < 1500
+    assert 200 < n_refused < 800

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_llama
 from transformers import LlamaForCausalLM
 
 from sl_serve.config import RopeConfig
 from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.weights.checkpoint import check_tensors, open_checkpoint
+from tests.weights.tiny_models import tiny_llama
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -166,7 +166,7 @@ def test_index_and_shards_must_agree(sharded: Path) -> None:
     path, index = shard_index(sharded)
     index["weight_map"]["model.extra"] = index["weight_map"]["model.norm.weight"]
     path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="no tensor 'model.extra'"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'model\.extra'"):
         open_checkpoint(sharded)
 
 

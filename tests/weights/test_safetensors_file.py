@@ -123,7 +123,7 @@ def test_agrees_with_the_package_on_damaged_files(tmp_path: Path) -> None:
     whole = path.read_bytes()
     generator = random.Random(0)
     n_accepted = 0
-    for _ in range(1500):
+    for _ in range(800):
         damaged = bytearray(whole)
         for _ in range(generator.randint(1, 2)):
             damaged[generator.randrange(len(whole) - 28)] = generator.randrange(256)
@@ -135,9 +135,8 @@ def test_agrees_with_the_package_on_damaged_files(tmp_path: Path) -> None:
             continue
         n_accepted += 1
         with safe_open(path, "pt") as reference:
-            assert shapes == {
-                n: tuple(reference.get_slice(n).get_shape()) for n in reference.keys()
-            }  # noqa: SIM118
+            names = list(reference.keys())
+            assert shapes == {n: tuple(reference.get_slice(n).get_shape()) for n in names}
     assert n_accepted > 0
 
 

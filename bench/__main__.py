@@ -1,0 +1,87 @@
+"""`python -m bench`: list, run, and the worker that `run` starts for each system."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench.cases import CASES, find_case
+from bench.machine import describe_commit, describe_machine, describe_versions
+from bench.peers import is_installed
+from bench.runner import SubprocessJob, model_of, run_case
+from bench.worker import run_job
+from sl_serve.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Named cases, side by side.")
+
+
+@app.command("list")
+def list_cases() -> None:
+    """The cases."""
+    for case in CASES.values():
+        print(f"{case.name:24} {case.about}")
+
+
+@app.command()
+def run(
+    case_name: Annotated[str, typer.Option("--case", help="One of those that `list` shows.")],
+    peers: Annotated[str, typer.Option(help="Comma-separated, e.g. transformers.")] = "",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write it all.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each system, in turns.")] = 1,
+) -> None:
+    """Measure sl-serve and its peers, each in a process of its own."""
+    from bench.bound import model_matrices, read_model_config
+    from bench.report import build_report, render
+
+    case = find_case(case_name)
+    names = [name for name in peers.split(",") if name]
+    for name in names:
+        is_installed(name)  # an unknown name is told before minutes are spent
+    progress = Console(stderr=True, log_path=False)
+    about = {
+        "commit": describe_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
+    with model_of(case) as model:
+        job = SubprocessJob(case, model)
+        results = run_case(case, names, repeat, job, progress.log)
+        report = about | build_report(results, model_matrices(read_model_config(model)))
+    Console().print(render(report))
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+@app.command(hidden=True)
+def worker(
+    case_name: Annotated[str, typer.Option("--case")],
+    system: Annotated[str, typer.Option()],
+    json_path: Annotated[Path, typer.Option("--json")],
+    model: Annotated[Path | None, typer.Option()] = None,
+) -> None:
+    """One job in this process; see bench.worker."""
+    case = find_case(case_name)
+    if model is not None:
+        json_path.write_text(json.dumps(run_job(case, system, model)))
+        return
+    with model_of(case) as found:
+        json_path.write_text(json.dumps(run_job(case, system, found)))
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

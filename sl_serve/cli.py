@@ -1,0 +1,180 @@
+"""The command `sl-serve`. Answers go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sl_serve import __version__
+from sl_serve import cli_options as o
+from sl_serve.config import QueueConfig, SchedulerConfig
+from sl_serve.core import SamplingParams
+from sl_serve.errors import SlServeError, UserError
+
+app = typer.Typer(
+    name="sl-serve",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Language-model inference for models larger than the accelerator: layers stream through "
+    "it once per step, many requests pass through each. Every flag is also an environment "
+    "variable, shown beside it.",
+)
+console = Console(stderr=True, highlight=False)
+DEFAULTS = SchedulerConfig()
+QUEUE_DEFAULTS = QueueConfig()
+
+
+@app.command()
+def serve(
+    model: o.Model,
+    host: o.Host = "127.0.0.1",
+    port: o.Port = 8000,
+    served_model_name: o.ServedNames = None,
+    drain_timeout: o.DrainTimeout = 30.0,
+    log_json: o.LogJson = False,
+    api_key: o.ApiKeys = None,
+    allowed_host: o.AllowedHosts = None,
+    cors_origin: o.CorsOrigins = None,
+    device: o.Device = "cpu",
+    dtype: o.DType = "float32",
+    kv_memory: o.KvMemory = None,
+    max_model_len: o.MaxModelLen = None,
+    max_rows: o.MaxRows = DEFAULTS.max_rows,
+    sub_batches: o.SubBatches = DEFAULTS.n_sub_batches,
+    prefill_tokens: o.PrefillTokens = None,
+    look_ahead: o.LookAhead = DEFAULTS.look_ahead,
+    threads: o.Threads = None,
+    queue_requests: o.QueueRequests = QUEUE_DEFAULTS.max_requests,
+    queue_tokens: o.QueueTokens = QUEUE_DEFAULTS.max_tokens,
+) -> None:
+    """Serve MODEL over HTTP with OpenAI's API, until SIGTERM or Ctrl-C."""
+    from server.run import bind
+    from server.run import serve as run_server
+    from server.settings import ServerSettings
+    from sl_serve.cli_load import load_engine, model_name
+
+    settings = ServerSettings(
+        served_model_names=tuple(served_model_name or (model_name(model),)),
+        api_keys=tuple(api_key or ()),
+        host=host,
+        port=port,
+        allowed_hosts=tuple(allowed_host or ()),
+        cors_origins=tuple(cors_origin or ()),
+        drain_timeout_s=drain_timeout,
+        log_json=log_json,
+    )
+    config = o.engine_config(
+        device=device,
+        dtype=dtype,
+        kv_memory=kv_memory,
+        max_model_len=max_model_len,
+        max_rows=max_rows,
+        sub_batches=sub_batches,
+        prefill_tokens=prefill_tokens,
+        look_ahead=look_ahead,
+        threads=threads,
+        queue=QueueConfig(queue_requests, queue_tokens),
+    )
+    listener = bind(host, port)  # before the model is loaded: a taken port is known at once
+    engine = load_engine(model, config, console)
+    raise typer.Exit(run_server(engine, settings, listener))
+
+
+@app.command()
+def generate(
+    model: o.Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print text, token ids and finish reason as JSON.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    max_tokens: o.MaxTokens = None,
+    temperature: o.Temperature = 0.0,
+    top_p: o.TopP = 1.0,
+    top_k: o.TopK = 0,
+    seed: o.Seed = None,
+    stop: o.Stop = None,
+    device: o.Device = "cpu",
+    dtype: o.DType = "float32",
+    kv_memory: o.KvMemory = None,
+    max_model_len: o.MaxModelLen = None,
+    threads: o.Threads = None,
+) -> None:
+    """Continue one prompt with MODEL and print the text as it comes."""
+    from sl_serve.cli_load import generate_once, load_engine
+
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p or 1.0,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    config = o.engine_config(
+        device=device,
+        dtype=dtype,
+        kv_memory=kv_memory,
+        max_model_len=max_model_len,
+        max_rows=1,
+        sub_batches=1,
+        prefill_tokens=None,
+        look_ahead=DEFAULTS.look_ahead,
+        threads=threads,
+        queue=QUEUE_DEFAULTS,
+    )
+    engine = load_engine(model, config, console, quiet=as_json)
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        answer = generate_once(engine, text, sampling, chat=chat, show=not as_json)
+    finally:
+        engine.close()
+    if as_json:
+        print(json.dumps({"model": model, "prompt": text, **answer}, ensure_ascii=False))
+
+
+@app.command()
+def pull(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A Hugging Face id (org/name), or smollm2.")
+    ],
+) -> None:
+    """Fetch a model into the local cache and print where it lies."""
+    from sl_serve.weights.locate import pull as fetch
+
+    print(fetch(name, console.print))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sl-serve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print and exit."),
+    ] = False,
+) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2, an engine failure 1."""
+    try:
+        app()
+    except UserError as error:
+        console.print(f"[bold red]error:[/] {error}", markup=True, soft_wrap=True)
+        sys.exit(2)
+    except SlServeError as error:
+        console.print(f"[bold red]failed:[/] {error}", soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,143 @@
+"""The command line's options, each declared once: flag, environment variable, help, group."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sl_serve.config import DeviceName, DTypeName, EngineConfig, QueueConfig, SchedulerConfig
+from sl_serve.plan.budget import parse_size
+
+MODEL_HELP = "A folder with config.json, a .gguf file, a Hugging Face id, or smollm2 (the demo)."
+MEMORY, SCHEDULE, QUEUE = "Memory", "Scheduling", "Queue"
+SERVER, SECURITY, SAMPLING = "Server", "Security", "Sampling"
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", envvar="SL_SERVE_MODEL", help=MODEL_HELP)]
+
+
+def _option(panel: str, flag: str, help_text: str, **extra: object) -> object:
+    """An option whose environment variable is its flag's name: --max-rows, SL_SERVE_MAX_ROWS."""
+    variable = "SL_SERVE_" + flag.removeprefix("--").replace("-", "_").upper()
+    return typer.Option(
+        flag,
+        envvar=variable,
+        rich_help_panel=panel,
+        help=help_text,
+        **extra,  # type: ignore[arg-type]
+    )
+
+
+Device = Annotated[
+    DeviceName,
+    _option(MEMORY, "--device", "cpu: weights and KV used in place. sim: a simulated accelerator."),
+]
+DType = Annotated[DTypeName, _option(MEMORY, "--dtype", "Arithmetic, weights and KV.")]
+KvMemory = Annotated[
+    str | None,
+    _option(MEMORY, "--kv-memory", "KV cache, like 8GiB. Default: a share of what is free."),
+]
+MaxModelLen = Annotated[
+    int | None,
+    _option(
+        MEMORY,
+        "--max-model-len",
+        "Longest prompt plus output in tokens. Default: the model's, or what KV memory allows.",
+        min=1,
+    ),
+]
+MaxRows = Annotated[int, _option(SCHEDULE, "--max-rows", "Requests that run at once.", min=1)]
+SubBatches = Annotated[
+    int,
+    _option(SCHEDULE, "--sub-batches", "Sub-batches that pass through each layer.", min=1),
+]
+PrefillTokens = Annotated[
+    int | None,
+    _option(SCHEDULE, "--prefill-tokens", "Prompt tokens read per step, all requests.", min=1),
+]
+LookAhead = Annotated[
+    int,
+    _option(SCHEDULE, "--look-ahead", "Layers loading while one computes; 0: serial.", min=0),
+]
+Threads = Annotated[int | None, _option(SCHEDULE, "--threads", "Default: one per core.", min=1)]
+QueueRequests = Annotated[
+    int, _option(QUEUE, "--queue-requests", "Waiting requests before 429.", min=1)
+]
+QueueTokens = Annotated[
+    int,
+    _option(QUEUE, "--queue-tokens", "Waiting prompt and output tokens before 429.", min=1),
+]
+
+Host = Annotated[
+    str, _option(SERVER, "--host", "Address to listen on; 0.0.0.0 for all (set an API key).")
+]
+Port = Annotated[
+    int, _option(SERVER, "--port", "Port to listen on; 0: any free one.", min=0, max=65535)
+]
+ServedNames = Annotated[
+    list[str] | None,
+    _option(
+        SERVER, "--served-model-name", "Name in the API; repeat for aliases. Default: the MODEL's."
+    ),
+]
+DrainTimeout = Annotated[
+    float,
+    _option(SERVER, "--drain-timeout", "Seconds running requests get after SIGTERM.", min=0),
+]
+LogJson = Annotated[bool, _option(SERVER, "--log-json", "Logs as JSON lines.")]
+ApiKeys = Annotated[
+    list[str] | None,
+    _option(SECURITY, "--api-key", "Required from clients; repeat for several."),
+]
+AllowedHosts = Annotated[
+    list[str] | None,
+    _option(SECURITY, "--allowed-host", "Further Host name accepted on loopback without a key."),
+]
+CorsOrigins = Annotated[
+    list[str] | None,
+    _option(SECURITY, "--cors-origin", "Origin that browsers may call from; default none."),
+]
+
+MaxTokens = Annotated[
+    int | None,
+    _option(SAMPLING, "--max-tokens", "Longest answer. Default: until the context is full.", min=0),
+]
+Temperature = Annotated[
+    float, _option(SAMPLING, "--temperature", "0: always the most likely token.", min=0, max=2)
+]
+TopP = Annotated[float, _option(SAMPLING, "--top-p", "Nucleus size.", min=0, max=1)]
+TopK = Annotated[int, _option(SAMPLING, "--top-k", "Most likely tokens kept; 0: all.", min=0)]
+Seed = Annotated[int | None, _option(SAMPLING, "--seed", "For the same answer again.")]
+Stop = Annotated[
+    list[str] | None, _option(SAMPLING, "--stop", "Ends the answer; repeat for several.")
+]
+
+
+def engine_config(
+    *,
+    device: DeviceName,
+    dtype: DTypeName,
+    kv_memory: str | None,
+    max_model_len: int | None,
+    max_rows: int,
+    sub_batches: int,
+    prefill_tokens: int | None,
+    look_ahead: int,
+    threads: int | None,
+    queue: QueueConfig,
+) -> EngineConfig:
+    """Raises UserError for a size that cannot be read."""
+    return EngineConfig(
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_memory_bytes=None if kv_memory is None else parse_size(kv_memory),
+        n_threads=threads,
+        scheduler=SchedulerConfig(
+            max_rows=max_rows,
+            n_sub_batches=min(sub_batches, max_rows),
+            prefill_chunk_tokens=prefill_tokens or 0,
+            look_ahead=look_ahead,
+        ),
+        queue=queue,
+    )

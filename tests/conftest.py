@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from sl_serve.weights.locate import resolve_model
+from tests.models import write_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    return resolve_model("smollm2")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
+    """A tiny Llama's folder and its reference."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    return folder, write_tiny_llama(folder)
