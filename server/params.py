@@ -17,6 +17,8 @@ from sl_serve import __version__
 from sl_serve.core import SamplingParams
 from sl_serve.errors import RequestError
 
+MAX_STOP_IDS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -66,11 +68,9 @@ def check_limits(body: GenerationBody, settings: ServerSettings, n_prompts: int)
             f"ask for {settings.max_choices}. Send fewer prompts at a time.",
             "n",
         )
-    if len(body.stop) > settings.max_stop:
-        raise RequestError(
-            f"'stop' has {len(body.stop)} strings; {settings.max_stop} are allowed.", "stop"
-        )
+    _at_most("stop", len(body.stop), settings.max_stop, " strings")
     _at_most("stop", max(map(len, body.stop), default=0), settings.max_stop_chars, " characters")
+    _at_most("stop_token_ids", len(body.stop_token_ids), MAX_STOP_IDS, " ids")
     if body.stream_options is not None and not body.stream:
         raise RequestError(
             "'stream_options' is only allowed with 'stream': true.", "stream_options"
@@ -83,7 +83,8 @@ def check_logprobs(param: str, asked: int, settings: ServerSettings) -> None:
 
 def _at_most(param: str, value: int, limit: int, unit: str = "") -> None:
     if value > limit:
-        raise RequestError(f"'{param}' is {value}{unit}; the limit is {limit}{unit}.", param)
+        has = "has" if unit else "is"
+        raise RequestError(f"'{param}' {has} {value}{unit}; the limit is {limit}{unit}.", param)
 
 
 def check_vocabulary(ids: list[int], vocab_size: int, param: str) -> list[int]:

@@ -25,7 +25,6 @@ from pydantic_core import ErrorDetails
 from sl_serve.errors import RequestError
 
 MAX_LOGIT_BIAS = 1024
-MAX_STOP_IDS = 1024
 
 PROMPT_SCHEMA = {
     "anyOf": [
@@ -131,7 +130,7 @@ class GenerationBody(Body):
     )
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Stop = Field(default_factory=list)
-    stop_token_ids: TokenIds = Field(default_factory=list, max_length=MAX_STOP_IDS)
+    stop_token_ids: TokenIds = Field(default_factory=list)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     stream: bool = False

@@ -1,0 +1,206 @@
+"""Every route but four needs a key, whatever the spelling; generated from the app's own routes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.app import create_app
+from server.auth import PUBLIC_PATHS
+from tests.server.conftest import SETTINGS, MakeClient
+from tests.server.fake_engine import FakeEngine
+
+KEYS = ("first-key", "zweiter-schlüssel")
+METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
+
+
+def routed_paths(app: FastAPI) -> set[str]:
+    """Paths with their parameters filled in."""
+    paths = {path.replace("{model_id}", "toy/one") for path in app.openapi()["paths"]}
+    paths |= {route.path for route in app.routes if "{" not in getattr(route, "path", "{")}
+    return paths
+
+
+def spellings(path: str) -> Iterator[str]:
+    yield path
+    yield "/" + path  # //v1
+    yield path + "/"
+    yield path.upper()
+    yield path.replace("/", "/./")
+    yield "/live/.." + path
+    yield "/live/%2e%2e" + path
+    yield "/live%2f..%2f" + path.lstrip("/")
+    yield path.replace("/", "%2f")
+    yield path + "?/live"
+    yield path + "#/live"
+    yield path + ";/live"
+    yield path + "%00/live"
+
+
+async def test_without_a_key_nothing_but_health(
+    make_client: MakeClient, engine: FakeEngine
+) -> None:
+    client = make_client(api_keys=KEYS)
+    paths = routed_paths(client.app)  # type: ignore[attr-defined]
+    assert {"/v1/models", "/v1/completions", "/metrics", "/openapi.json", "/live"} <= paths
+    assert len(paths) >= 15
+    for path in paths - PUBLIC_PATHS:
+        for spelling in spellings(path):
+            for method in METHODS:
+                response = await client.request(method, spelling)
+                assert response.status_code == 401, (method, spelling)
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert response.headers["x-request-id"]
+                assert response.json()["error"]["code"] == "invalid_api_key"
+    assert engine.submitted == []
+
+
+async def test_public_paths_only_in_their_exact_spelling(make_client: MakeClient) -> None:
+    client = make_client(api_keys=KEYS)
+    for path in PUBLIC_PATHS:
+        assert (await client.get(path)).status_code == 200
+        assert (await client.head(path)).status_code == 200
+        assert (await client.options(path)).status_code == 405
+        for spelling in set(spellings(path)) - {path, path + "?/live", path + "#/live"}:
+            assert (await client.get(spelling)).status_code == 401, spelling
+
+
+@pytest.mark.parametrize("host", ["localhost", "evil.example", "localhost/live", "x?/live"])
+async def test_host_header_changes_nothing(make_client: MakeClient, host: str) -> None:
+    client = make_client(api_keys=KEYS)
+    response = await client.get("/v1/models", headers={"host": host})
+    assert response.status_code == 401
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": "Bearer first-key"},
+        {"authorization": "bearer first-key"},
+        {"authorization": "Bearer   first-key "},
+        {"x-api-key": "first-key"},
+        {"x-api-key": "first-key", "authorization": "Basic abc"},
+        {b"authorization": "Bearer zweiter-schlüssel".encode()},
+    ],
+)
+async def test_a_known_key_opens(make_client: MakeClient, headers: dict[str, str]) -> None:
+    client = make_client(api_keys=KEYS)
+    assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": "Bearer FIRST-KEY"},
+        {"authorization": "Bearer first-key2"},
+        {"authorization": "Bearer first-ke"},
+        {"authorization": "Bearer "},
+        {"authorization": "Bearer"},
+        {"authorization": "first-key"},
+        {"authorization": "Basic first-key"},
+        {"x-api-key": ""},
+        {"x-api-key": "first-key,zweiter"},
+        {"cookie": "api_key=first-key"},
+    ],
+)
+async def test_anything_else_does_not(make_client: MakeClient, headers: dict[str, str]) -> None:
+    client = make_client(api_keys=KEYS)
+    assert (await client.get("/v1/models", headers=headers)).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:8000", 200),
+        ("friend.local", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example:8000", 403),
+        ("", 403),
+        ("localhost@evil.example", 403),
+        ("[evil]", 403),
+    ],
+)
+async def test_foreign_host_names_on_loopback(
+    make_client: MakeClient, host: str, status: int
+) -> None:
+    client = make_client(allowed_hosts=("Friend.local",))
+    response = await client.get("/v1/models", headers={"host": host})
+    assert response.status_code == status
+    if status == 403:
+        assert response.json()["error"]["code"] == "host_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:3000", 200),
+        ("http://[::1]:3000", 200),
+        ("https://ui.example", 200),
+        ("https://evil.example", 403),
+        ("http://ui.example", 403),
+        ("null", 403),
+        ("http://[", 403),
+    ],
+)
+async def test_foreign_origins_on_loopback(
+    make_client: MakeClient, engine: FakeEngine, origin: str, status: int
+) -> None:
+    client = make_client(cors_origins=("https://ui.example",))
+    headers = {"origin": origin, "content-type": "text/plain"}
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    response = await client.post("/v1/completions", content=body, headers=headers)
+    assert response.status_code == status
+    assert len(engine.submitted) == (status == 200)
+
+
+async def test_no_host_check_where_keys_or_the_network_are_meant(make_client: MakeClient) -> None:
+    headers = {"host": "evil.example", "authorization": "Bearer first-key"}
+    for client in (make_client(api_keys=KEYS), make_client(host="0.0.0.0")):
+        assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+
+async def test_cors_is_off_unless_asked_for(make_client: MakeClient) -> None:
+    preflight = {"origin": "https://ui.example", "access-control-request-method": "POST"}
+    silent = await make_client().options("/v1/completions", headers=preflight)
+    assert "access-control-allow-origin" not in silent.headers
+    client = make_client(cors_origins=("https://ui.example",), api_keys=KEYS)
+    allowed = await client.options("/v1/completions", headers=preflight)
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://ui.example"
+    refused = await client.get("/v1/models", headers={"origin": "https://ui.example"})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://ui.example"
+
+
+def test_layers_leave_other_scopes_alone(engine: FakeEngine) -> None:
+    app = create_app(engine, SETTINGS)
+    assert app.docs_url is None
+    assert app.redoc_url is None
+    app.state.context.close()
+
+
+@pytest.mark.parametrize(
+    ("offered", "kept"),
+    [
+        ("abc-1.2_Z", True),
+        ("a" * 128, True),
+        ("a" * 129, False),
+        ("", False),
+        ("a b", False),
+        ("a;b", False),
+        ("é", False),
+    ],
+)
+async def test_request_id(client: httpx.AsyncClient, offered: str, kept: bool) -> None:
+    headers = {"x-request-id": offered.encode()}
+    for path in ("/live", "/v1/models", "/nothing"):
+        told = (await client.get(path, headers=headers)).headers["x-request-id"]
+        assert (told == offered) is kept
+        assert told
