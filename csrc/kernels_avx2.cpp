@@ -1,4 +1,5 @@
 #define SL_TARGET avx2
+#define SL_LANES 8
 #include "kernels.inc"
 
 namespace sl {

@@ -1,4 +1,5 @@
 #define SL_TARGET avx512
+#define SL_LANES 16
 #include "kernels.inc"
 
 namespace sl {

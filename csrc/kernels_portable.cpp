@@ -1,4 +1,5 @@
 #define SL_TARGET portable
+#define SL_LANES 4
 #include "kernels.inc"
 
 namespace sl {

@@ -106,7 +106,7 @@ async def _answer_api_error(_: Request, error: Exception) -> Response:
 async def _answer_engine_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, SlServeError)
     answer = from_engine(error)
-    if answer.status >= 500:
+    if answer.status == 500:
         log.error("engine_refused", reason=str(error))
     return answer.response()
 

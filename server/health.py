@@ -17,19 +17,15 @@ STUCK_STEPS = 3  # a step this many times longer than the usual one counts as st
 def health_routes(context: ServerContext) -> APIRouter:
     router = APIRouter()
 
-    @router.api_route("/live", methods=["GET", "HEAD"])
-    @router.api_route("/ping", methods=["GET", "HEAD"])
     async def live() -> Response:
         """200 as long as the process answers."""
         return JsonResponse({"status": "ok"})
 
-    @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """503 once the engine is dead or closed."""
         _raise_if_down(context.engine.snapshot())
         return JsonResponse({"status": "ok"})
 
-    @router.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         """503 while no new request would be served: dead, draining or stuck."""
         snapshot = context.engine.snapshot()
@@ -49,6 +45,9 @@ def health_routes(context: ServerContext) -> APIRouter:
     async def version() -> Response:
         return JsonResponse({"version": __version__})
 
+    for path, answer in (("/live", live), ("/ping", live), ("/health", health), ("/ready", ready)):
+        router.add_api_route(path, answer, methods=["GET"])
+        router.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
     return router
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -63,29 +64,37 @@ class EventStream(Response):
         self._events = events
         self._ping_s = ping_s
         self._on_close = on_close
+        self._sent_s = 0.0  # time.monotonic() of the latest event or ping
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         try:
             with suppress(ClientGoneError):
-                await unless_gone(receive, self._send_all(send))
+                await unless_gone(receive, self._stream(send))
         finally:
             self._on_close()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _stream(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        async with aclosing(self._events) as events:
-            while (chunk := await self._next(events, send)) is not None:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._sent_s = time.monotonic()
+        pinging = asyncio.create_task(self._ping(send))
+        try:
+            async with aclosing(self._events) as events:
+                async for chunk in events:
+                    await self._send(send, chunk)
+        finally:
+            pinging.cancel()
+            await asyncio.gather(pinging, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _next(self, events: AsyncGenerator[bytes, None], send: Send) -> bytes | None:
-        """The next event, None at the end; pings while there is none."""
-        coming = asyncio.ensure_future(anext(events, None))
-        try:
-            while not (await asyncio.wait({coming}, timeout=self._ping_s))[0]:
-                await send({"type": "http.response.body", "body": PING, "more_body": True})
-            return coming.result()
-        finally:
-            coming.cancel()
-            await asyncio.gather(coming, return_exceptions=True)
+    async def _ping(self, send: Send) -> None:
+        while True:
+            silent_s = time.monotonic() - self._sent_s
+            if silent_s >= self._ping_s:
+                await self._send(send, PING)
+            else:
+                await asyncio.sleep(self._ping_s - silent_s)
+
+    async def _send(self, send: Send, body: bytes) -> None:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._sent_s = time.monotonic()

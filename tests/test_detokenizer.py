@@ -146,6 +146,11 @@ def test_stop_in_the_middle_of_a_token() -> None:
     assert (texts, stop) == ([" hell"], "ell")
 
 
+def test_stop_inside_the_beginning_of_another() -> None:
+    texts, stop = run(BYTE_LEVEL, [], [*b"xbac"], ["bacd", "ac"], include=False)
+    assert ("".join(texts), stop) == ("xb", "ac")
+
+
 def test_added_tokens() -> None:
     special, shown = N_IDS - 1, N_IDS
     assert run(BYTE_LEVEL, [], [special, shown, 99999], [], include=False)[0] == [

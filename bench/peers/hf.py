@@ -1,5 +1,8 @@
 """Hugging Face transformers: static batches through `generate`, the best size and type found by
-trying them. A variant is "dtype:batch", such as "float32:64"."""
+trying them. A variant is "dtype:batch", such as "float32:64".
+
+Weights of a GGUF file are loaded as transformers itself prefers: left packed where it has kernels
+for them, otherwise expanded to dense matrices of the type asked for."""
 
 from __future__ import annotations
 

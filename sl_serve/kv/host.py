@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-
 from sl_serve.core import SubBatchPlan
+from sl_serve.host_memory import host_empty
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.pool import Slab
 from sl_serve.kv.rows import RowTable, row_table
@@ -27,7 +26,7 @@ class HostKV:
 
     def __init__(self, spec: KVSpec, n_chunks: int) -> None:
         self.spec = spec
-        self.memory = torch.empty(n_chunks * spec.chunk_bytes, dtype=torch.uint8)
+        self.memory = host_empty(n_chunks * spec.chunk_bytes)
 
     def table(self, plan: SubBatchPlan, slabs: Mapping[int, Slab]) -> RowTable:
         """The sub-batch's rows, relative to a layer's first region."""

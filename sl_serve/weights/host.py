@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from sl_serve.host_memory import host_empty
 from sl_serve.weights.checkpoint import Checkpoint, check_tensors
 from sl_serve.weights.layout import LayerLayout, LayerWeights, Param
 
@@ -22,7 +23,7 @@ class HostWeights:
     def __init__(self, layout: LayerLayout, n_layers: int) -> None:
         self.layout = layout
         self.n_layers = n_layers
-        buffer = torch.zeros(n_layers * layout.image_bytes, dtype=torch.uint8)
+        buffer = host_empty(n_layers * layout.image_bytes)
         self.images = list(buffer.view(n_layers, layout.image_bytes))
 
     @property

@@ -88,6 +88,7 @@ def next_token(request: Request) -> int:
 class FakeEngine:
     max_model_len: int = 4096
     max_queue: int = 10_000
+    retry_after_s: int = 3600
     step_s: float = 0.0
     holds_text: bool = False  # shows text with the last token only
     vocab_size: int = VOCAB
@@ -119,7 +120,7 @@ class FakeEngine:
             if self.state is not EngineState.RUNNING:
                 raise EngineClosedError("closed")
             if len(self.active) + len(requests) > self.max_queue:
-                raise QueueFullError(f"the queue of {self.max_queue} is full", 3600)
+                raise QueueFullError(f"the queue of {self.max_queue} is full", self.retry_after_s)
             self.submitted += requests
             self.active |= {r.request_id: r for r in requests}
             self._changed.notify_all()

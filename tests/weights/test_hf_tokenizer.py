@@ -42,6 +42,13 @@ WITH_TOOLS = (
     "{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}{{ pad_token is defined }}"
 )
 
+BLOCK_PER_LINE = """{% for m in messages %}
+    {% if m.role == 'user' %}
+  > {{ m.content }}
+    {% endif %}
+{% endfor %}
+"""
+
 
 def write_byte_level(folder: Path, **settings: Any) -> None:
     backend = Backend(models.BPE())
@@ -121,7 +128,7 @@ def test_ids_and_texts_equal_transformers(
     assert ours.bos_token_id == theirs.bos_token_id
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3, WITH_TOOLS])
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, WITH_TOOLS, BLOCK_PER_LINE])
 @pytest.mark.parametrize("in_file", [True, False])
 def test_chats_equal_transformers(folder: Path, template: str, in_file: bool) -> None:
     write_byte_level(folder, **({} if in_file else {"chat_template": template}))

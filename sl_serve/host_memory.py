@@ -1,0 +1,21 @@
+"""Large host buffers: exact in size, on huge pages where the system has them."""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+
+import torch
+
+
+def host_empty(n_bytes: int) -> torch.Tensor:
+    """Zeroed memory as uint8, page-aligned, taken from the system when it is first written.
+
+    Huge pages spare attention and matmuls most of their address translation: a pass over
+    gigabytes touches each 4 KiB page once and would miss in the TLB every time.
+    """
+    area = mmap.mmap(-1, n_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.uint8)  # keeps `area` alive
