@@ -59,8 +59,10 @@ async def generate(context: ServerContext, dialect: Dialect, request: Request) -
         outs = await unless_gone(request.receive, job.results())
     finally:
         context.finish(job)
-    answer = await context.off_loop(dialect.collect, work, outs)
-    return JsonResponse(answer | {"usage": work.usage(job.n_completion_tokens)})
+    usage = work.usage(job.n_completion_tokens)
+    return await context.off_loop(
+        lambda: JsonResponse(dialect.collect(work, outs) | {"usage": usage})
+    )
 
 
 async def _events(dialect: Dialect, work: Work, job: Job) -> AsyncGenerator[bytes, None]:

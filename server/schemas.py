@@ -147,6 +147,9 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool = True
 
 
+TEMPLATE_FIELDS = {"role", "name", "tool_call_id", "tool_calls"}
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = ""
@@ -156,10 +159,9 @@ class Message(Body):
 
     def for_template(self) -> dict[str, object]:
         """What a chat template may read; nothing else a client sends reaches it."""
-        return {"content": self.content, **self.model_dump(include=_TEMPLATE, exclude_none=True)}
+        others = self.model_dump(include=TEMPLATE_FIELDS, exclude_none=True)
+        return {"content": self.content, **others}
 
-
-_TEMPLATE = {"role", "name", "tool_call_id", "tool_calls"}
 
 Messages = Annotated[list[Message], Field(min_length=1), FailFast()]
 

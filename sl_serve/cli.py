@@ -88,13 +88,9 @@ def serve(
 @app.command()
 def generate(
     model: o.Model,
-    prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print text, token ids and finish reason as JSON.")
-    ] = False,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
-    ] = False,
+    prompt: o.Prompt,
+    as_json: o.AsJson = False,
+    chat: o.Chat = False,
     max_tokens: o.MaxTokens = None,
     temperature: o.Temperature = 0.0,
     top_p: o.TopP = 1.0,

@@ -11,7 +11,7 @@ from sl_serve.plan.budget import parse_size
 
 MODEL_HELP = "A folder with config.json, a .gguf file, a Hugging Face id, or smollm2 (the demo)."
 MEMORY, SCHEDULE, QUEUE = "Memory", "Scheduling", "Queue"
-SERVER, SECURITY, SAMPLING = "Server", "Security", "Sampling"
+SERVER, SECURITY, PROMPT, SAMPLING = "Server", "Security", "Prompt", "Sampling"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", envvar="SL_SERVE_MODEL", help=MODEL_HELP)]
 
@@ -98,6 +98,13 @@ CorsOrigins = Annotated[
     _option(SECURITY, "--cors-origin", "Origin that browsers may call from; default none."),
 ]
 
+Prompt = Annotated[
+    str, _option(PROMPT, "--prompt", "The text to continue; - reads standard input.")
+]
+AsJson = Annotated[
+    bool, _option(PROMPT, "--json", "Print text, token ids and finish reason as JSON.")
+]
+Chat = Annotated[bool, _option(PROMPT, "--chat", "Put the prompt into the model's chat template.")]
 MaxTokens = Annotated[
     int | None,
     _option(SAMPLING, "--max-tokens", "Longest answer. Default: until the context is full.", min=0),

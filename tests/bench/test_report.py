@@ -12,7 +12,7 @@ from bench.bound import Matrix
 from bench.cases import Case
 from bench.errors import BenchError
 from bench.report import agreement, build_report, render
-from bench.runner import Results, run_case
+from bench.runner import run_case
 
 CASE = Case(
     name="fake",
@@ -154,4 +154,3 @@ def test_the_table_shows_every_system() -> None:
     shown = screen.getvalue()
     for text in ("sl-serve", "transformers:float32:2", "2.33 times the best peer", "75.00%"):
         assert text in shown
-    assert isinstance(Results(CASE).runs, dict)

@@ -54,11 +54,14 @@ def host_weights() -> HostWeights:
     host = HostWeights(LAYOUT, N_LAYERS)
     random = torch.Generator().manual_seed(5)
     for image in host.images:
-        image.copy_(torch.randint(0, 200, image.shape, dtype=torch.uint8, generator=random))
+        for view in LAYOUT.views(image).values():
+            view.normal_(generator=random)
     return host
 
 
-def sweep(source: WeightSource, device: RecordingDevice, cells_of_steps: Sequence[int]):
+def sweep(
+    source: WeightSource, device: RecordingDevice, cells_of_steps: Sequence[int]
+) -> list[Cell]:
     """What the step's double loop does with a source, without the model."""
     cells = []
     for step, n_cells in enumerate(cells_of_steps):
@@ -75,7 +78,9 @@ def sweep(source: WeightSource, device: RecordingDevice, cells_of_steps: Sequenc
     return cells
 
 
-def streamed(look_ahead: int, source_class: type[StreamedWeights] = StreamedWeights):
+def streamed(
+    look_ahead: int, source_class: type[StreamedWeights] = StreamedWeights
+) -> tuple[StreamedWeights, RecordingDevice]:
     device = RecordingDevice()
     return source_class(device, host_weights(), look_ahead), device
 
@@ -164,8 +169,6 @@ def test_look_ahead_hides_the_copies_behind_longer_arithmetic(look_ahead: int):
 
 
 class OneSlotTooFew(StreamedWeights):
-    """Would need no poison to be wrong: the slot is overwritten while it is read."""
-
     def __init__(self, device: SimDevice, host: HostWeights, look_ahead: int) -> None:
         super().__init__(device, host, look_ahead)
         for per_slot in (self._slots, self._views, self._released, self._loaded):

@@ -193,7 +193,8 @@ class FakeEngine:
     def _end_some(self) -> None:
         for request in list(self.active.values()):
             if self._failure is not None:
-                self._end(request, TokenOut("", finish_reason=FinishReason.ERROR, error="boom"))
+                failed = TokenOut("", finish_reason=FinishReason.ERROR, error=self._failure)
+                self._end(request, failed)
             elif request.request_id in self._gone:
                 self._end(request, TokenOut("", finish_reason=FinishReason.ABORT))
         self._failure = None

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.fake_engine import FakeEngine, ToyTokenizer, expected_output
+from tests.server.fake_engine import FakeEngine, expected_output
 from tests.server.test_completions import events, text_of
 
 PATH = "/v1/chat/completions"
@@ -190,7 +190,3 @@ async def test_refused_with_the_field_named(
     error = response.json()["error"]
     assert (error["param"], error["code"]) == (param, code)
     assert error["type"] == "invalid_request_error"
-
-
-def test_toy_template_is_plain() -> None:
-    assert ToyTokenizer().render_chat(HI) == "[user]hi[assistant]"

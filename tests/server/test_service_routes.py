@@ -127,9 +127,11 @@ async def test_dead_engine_refuses_without_details(
 async def test_failing_request(client: httpx.AsyncClient, engine: FakeEngine, stream: bool) -> None:
     engine.gate.clear()
     engine.fail("inside story")
-    with structlog.testing.capture_logs() as lines:
+    contextvars = structlog.contextvars.merge_contextvars
+    with structlog.testing.capture_logs(processors=[contextvars]) as lines:
         body = {"prompt": "a", "stream": stream}
-        response = await client.post("/v1/completions", json=body)
+        headers = {"x-request-id": "mine"}
+        response = await client.post("/v1/completions", json=body, headers=headers)
     if stream:
         first, second = response.text.strip().split("\n\n")
         assert second == "data: [DONE]"
@@ -138,8 +140,9 @@ async def test_failing_request(client: httpx.AsyncClient, engine: FakeEngine, st
         assert response.status_code == 500
         error = response.json()["error"]
     assert error["type"] == "server_error"
-    assert "boom" not in response.text
-    assert any(line.get("reason") == "boom" for line in lines)
+    assert "inside story" not in response.text
+    (told,) = [line for line in lines if line.get("reason") == "inside story"]
+    assert told["request_id"] == "mine"
     assert not client.app.state.context.jobs  # type: ignore[attr-defined]
 
 
