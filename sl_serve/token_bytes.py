@@ -78,8 +78,8 @@ class TokenBytes:
 
     def _read_decoder(self) -> None:
         decoder = self._backend.decoder
-        spec = {"type": "none"} if decoder is None else json.loads(decoder.__getstate__())
-        steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
+        spec: dict[str, Any] = {"type": "none"} if decoder is None else json.loads(decoder.__getstate__())
+        steps: list[dict[str, Any]] = spec["decoders"] if spec["type"] == "Sequence" else [spec]
         fused = False
         for step in steps:
             if step["type"] == "ByteLevel":

@@ -71,8 +71,8 @@ class Answers:
 
         return receive
 
-    def wait(self) -> list[list[int]]:
-        assert self._done.wait(60), "requests did not end"
+    def wait(self, timeout_s: float = 60) -> list[list[int]]:
+        assert self._done.wait(timeout_s), "requests did not end"
         return [[t for out in news for t in out.token_ids] for news in self.news]
 
 

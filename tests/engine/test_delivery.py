@@ -90,7 +90,7 @@ class Owner:
         return self.heard[-1]
 
 
-def test_each_token_is_told_with_its_text_and_numbers():
+def test_each_token_is_told_with_its_text_and_numbers() -> None:
     owner = Owner()
     assert not owner.tokens(ids("hi"))
     assert [(n.request_id, n.token_ids, n.text) for n in owner.heard] == [
@@ -101,13 +101,13 @@ def test_each_token_is_told_with_its_text_and_numbers():
     assert all(n.finish_reason is None and n.prompt_logprobs is None for n in owner.heard)
 
 
-def test_tokens_become_the_requests_output():
+def test_tokens_become_the_requests_output() -> None:
     owner = Owner()
     owner.tokens(ids("hi"))
     assert owner.request.output_ids == ids("hi")
 
 
-def test_the_end_of_text_ends_the_request_without_text():
+def test_the_end_of_text_ends_the_request_without_text() -> None:
     owner = Owner()
     assert owner.tokens([*ids("hi"), EOS])
     assert owner.text == "hi"
@@ -115,26 +115,26 @@ def test_the_end_of_text_ends_the_request_without_text():
     assert (owner.last.finish_reason, owner.last.stop_reason) == (FinishReason.STOP, None)
 
 
-def test_ignore_eos_goes_on():
+def test_ignore_eos_goes_on() -> None:
     owner = Owner(ignore_eos=True)
     assert not owner.tokens([EOS, *ids("hi")])
     assert owner.text == "hi"
 
 
-def test_a_stop_id_ends_the_request_without_its_text():
+def test_a_stop_id_ends_the_request_without_its_text() -> None:
     owner = Owner(stop_token_ids=(STOP_WORD,))
     assert owner.tokens([*ids("hi"), STOP_WORD])
     assert owner.text == "hi"
     assert (owner.last.finish_reason, owner.last.stop_reason) == (FinishReason.STOP, STOP_WORD)
 
 
-def test_a_stop_id_is_shown_when_asked_for():
+def test_a_stop_id_is_shown_when_asked_for() -> None:
     owner = Owner(stop_token_ids=(STOP_WORD,), include_stop_str_in_output=True)
     assert owner.tokens([*ids("hi "), STOP_WORD])
     assert owner.text == "hi the end"
 
 
-def test_the_end_of_text_as_a_stop_id_counts_although_it_is_ignored():
+def test_the_end_of_text_as_a_stop_id_counts_although_it_is_ignored() -> None:
     owner = Owner(stop_token_ids=(EOS,), ignore_eos=True)
     assert owner.token(EOS)
     assert (owner.last.finish_reason, owner.last.stop_reason) == (FinishReason.STOP, EOS)
@@ -152,7 +152,7 @@ def test_the_end_of_text_as_a_stop_id_counts_although_it_is_ignored():
 )
 def test_a_stop_string_over_several_tokens_ends_the_request(
     token_ids: list[int], include: bool, text: str
-):
+) -> None:
     owner = Owner(stop=("end",), include_stop_str_in_output=include)
     fed = 0
     while not owner.token(token_ids[fed]):
@@ -183,7 +183,7 @@ STOPS = st.lists(st.text("abcde ", min_size=1, max_size=4), max_size=3)
 @given(ASCII_TOKENS, STOPS, st.booleans())
 def test_text_ends_at_the_first_stop_string_however_it_is_cut_into_tokens(
     token_ids: list[int], stops: list[str], include: bool
-):
+) -> None:
     owner = Owner(stop=tuple(stops), include_stop_str_in_output=include, max_tokens=len(token_ids))
     for token_id in token_ids:
         if owner.token(token_id):
@@ -201,33 +201,33 @@ def test_text_ends_at_the_first_stop_string_however_it_is_cut_into_tokens(
         assert len(TOKENIZER.decode(token_ids[:n_tokens])) >= end
 
 
-def test_stop_strings_are_not_looked_for_before_min_tokens():
+def test_stop_strings_are_not_looked_for_before_min_tokens() -> None:
     owner = Owner(stop=("b",), min_tokens=4)
     assert not owner.tokens(ids("abbbac"))
     assert owner.token(ord("b"))
     assert owner.text == "abbbac"
 
 
-def test_stop_strings_count_from_the_token_after_min_tokens_on():
+def test_stop_strings_count_from_the_token_after_min_tokens_on() -> None:
     owner = Owner(stop=("b",), min_tokens=3)
     assert owner.tokens(ids("bbab"))
     assert (owner.text, owner.last.stop_reason) == ("bba", "b")
 
 
-def test_a_character_that_is_unfinished_at_min_tokens_is_shown_whole():
+def test_a_character_that_is_unfinished_at_min_tokens_is_shown_whole() -> None:
     owner = Owner(stop=("b",), min_tokens=2)
     assert owner.tokens(ids("a€b"))
     assert owner.text == "a€"
 
 
 @pytest.mark.parametrize("token_id", [EOS, STOP_WORD])
-def test_ids_that_end_do_not_before_min_tokens(token_id: int):
+def test_ids_that_end_do_not_before_min_tokens(token_id: int) -> None:
     owner = Owner(stop_token_ids=(STOP_WORD,), min_tokens=3)
     assert not owner.tokens([token_id, token_id])
     assert owner.token(token_id)
 
 
-def test_max_tokens_end_with_length():
+def test_max_tokens_end_with_length() -> None:
     owner = Owner(max_tokens=3)
     assert owner.tokens(ids("abc"))
     assert (owner.last.finish_reason, owner.last.stop_reason) == (FinishReason.LENGTH, None)
@@ -235,7 +235,7 @@ def test_max_tokens_end_with_length():
 
 
 @pytest.mark.parametrize("max_tokens", [None, 50])
-def test_the_context_bounds_the_output(max_tokens: int | None):
+def test_the_context_bounds_the_output(max_tokens: int | None) -> None:
     owner = Owner(max_tokens=max_tokens, max_model_len=7)
     assert owner.delivery.max_tokens == 4
     assert owner.tokens(ids("abcd"))
@@ -243,19 +243,19 @@ def test_the_context_bounds_the_output(max_tokens: int | None):
 
 
 @pytest.mark.parametrize("last", [EOS, ord("c")])
-def test_a_stop_with_the_last_token_is_a_stop(last: int):
+def test_a_stop_with_the_last_token_is_a_stop(last: int) -> None:
     owner = Owner(max_tokens=3, stop=("c",))
     assert owner.tokens([*ids("ab"), last])
     assert owner.last.finish_reason is FinishReason.STOP
 
 
-def test_a_chunk_that_does_not_finish_the_prompt_is_no_news():
+def test_a_chunk_that_does_not_finish_the_prompt_is_no_news() -> None:
     owner = Owner(prompt="abcdef")
     assert not owner.prompt_chunk(0, 4)
     assert owner.heard == []
 
 
-def test_max_tokens_zero_ends_with_the_prompt_and_no_token():
+def test_max_tokens_zero_ends_with_the_prompt_and_no_token() -> None:
     owner = Owner(prompt="abcdef", max_tokens=0)
     assert not owner.prompt_chunk(0, 4)
     assert owner.prompt_chunk(4, 6)
@@ -275,7 +275,7 @@ def prompt_numbers(owner: Owner) -> list[float | None]:
     return [None if known is None else known.logprob for known in found]
 
 
-def test_prompt_logprobs_are_collected_over_chunks():
+def test_prompt_logprobs_are_collected_over_chunks() -> None:
     owner = Owner(prompt="abcdef", prompt_logprobs=0)
     owner.prompt_chunk(0, 2)
     owner.prompt_chunk(2, 3)
@@ -284,14 +284,16 @@ def test_prompt_logprobs_are_collected_over_chunks():
     assert prompt_numbers(owner) == [None, -1.0, -2.0, -3.0, -4.0, -5.0]
 
 
-def test_prompt_logprobs_come_with_the_end_when_no_token_is_asked_for():
+def test_prompt_logprobs_come_with_the_end_when_no_token_is_asked_for() -> None:
     owner = Owner(prompt="abcd", prompt_logprobs=0, max_tokens=0)
     assert owner.prompt_chunk(0, 4)
     assert prompt_numbers(owner) == [None, -1.0, -2.0, -3.0]
 
 
 @pytest.mark.parametrize("parked_at", [1, 3, 5])
-def test_prompt_logprobs_of_a_row_parked_in_its_prompt_are_those_computed_last(parked_at: int):
+def test_prompt_logprobs_of_a_row_parked_in_its_prompt_are_those_computed_last(
+    parked_at: int,
+) -> None:
     owner = Owner(prompt="abcdef", prompt_logprobs=0)
     owner.prompt_chunk(0, parked_at)
     owner.prompt_chunk(0, 2, run=1)  # parked: from position 0 again, in other chunks
@@ -300,7 +302,7 @@ def test_prompt_logprobs_of_a_row_parked_in_its_prompt_are_those_computed_last(p
     assert prompt_numbers(owner) == [None, -101.0, -102.0, -103.0, -104.0, -105.0]
 
 
-def test_prompt_logprobs_are_not_told_again_after_parking_in_the_output():
+def test_prompt_logprobs_are_not_told_again_after_parking_in_the_output() -> None:
     owner = Owner(prompt="abcd", prompt_logprobs=0)
     owner.prompt_chunk(0, 4)
     owner.tokens(ids("xy"))
@@ -310,13 +312,13 @@ def test_prompt_logprobs_are_not_told_again_after_parking_in_the_output():
     assert owner.text == "xyz"
 
 
-def test_a_prompt_of_one_token_has_one_entry():
+def test_a_prompt_of_one_token_has_one_entry() -> None:
     owner = Owner(prompt="a", prompt_logprobs=3)
     owner.token(ord("x"))
     assert prompt_numbers(owner) == [None]
 
 
-def test_a_tokens_logprob_is_passed_on():
+def test_a_tokens_logprob_is_passed_on() -> None:
     owner = Owner(logprobs=1)
     known = TokenLogprob(ord("a"), -0.5, ((ord("a"), -0.5),))
     owner.token(ord("a"), known)
@@ -324,25 +326,25 @@ def test_a_tokens_logprob_is_passed_on():
     assert [news.logprobs for news in owner.heard] == [(known,), ()]
 
 
-def test_the_beginning_of_a_stop_string_is_held_and_flushed_at_the_end():
+def test_the_beginning_of_a_stop_string_is_held_and_flushed_at_the_end() -> None:
     owner = Owner(stop=("abc",), max_tokens=3)
     assert owner.tokens(ids("zab"))
     assert [news.text for news in owner.heard] == ["z", "", "ab"]
 
 
-def test_what_is_held_is_flushed_before_a_stop_id():
+def test_what_is_held_is_flushed_before_a_stop_id() -> None:
     owner = Owner(stop=("abc",))
     assert owner.tokens([*ids("zab"), EOS])
     assert owner.text == "zab"
 
 
-def test_an_unfinished_character_is_flushed_as_a_replacement():
+def test_an_unfinished_character_is_flushed_as_a_replacement() -> None:
     owner = Owner(max_tokens=3)
     assert owner.tokens([ord("a"), *"€".encode()[:2]])
     assert [news.text for news in owner.heard] == ["a", "", "\N{REPLACEMENT CHARACTER}"]
 
 
-def test_an_abort_tells_what_was_held():
+def test_an_abort_tells_what_was_held() -> None:
     owner = Owner(stop=("abc",))
     owner.tokens(ids("zab"))
     owner.delivery.end(FinishReason.ABORT)
@@ -351,14 +353,14 @@ def test_an_abort_tells_what_was_held():
     assert owner.last.usage == Usage(3, 3)
 
 
-def test_an_end_before_the_first_token_has_no_text():
+def test_an_end_before_the_first_token_has_no_text() -> None:
     owner = Owner(prompt="a€".encode()[:2])
     owner.delivery.end(FinishReason.ERROR, "the engine failed")
     assert (owner.text, owner.last.error) == ("", "the engine failed")
     assert (owner.last.finish_reason, owner.last.usage) == (FinishReason.ERROR, Usage(2, 0))
 
 
-def test_a_character_begun_by_the_prompt_is_finished_by_the_output():
+def test_a_character_begun_by_the_prompt_is_finished_by_the_output() -> None:
     owner = Owner(prompt="a€".encode()[:2])
     owner.tokens(list("€".encode()[1:]))
     assert owner.text == "€"

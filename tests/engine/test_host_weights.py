@@ -124,7 +124,7 @@ def layouts(draw: st.DrawFn) -> LayerLayout:
 
 @FEW
 @given(layouts())
-def test_segments_are_aligned_hold_their_tensor_and_do_not_overlap(layout: LayerLayout):
+def test_segments_are_aligned_hold_their_tensor_and_do_not_overlap(layout: LayerLayout) -> None:
     owners = [0] * layout.image_bytes
     for segment in layout.segments:
         assert segment.offset_bytes % ALIGNMENT_BYTES == 0
@@ -136,7 +136,9 @@ def test_segments_are_aligned_hold_their_tensor_and_do_not_overlap(layout: Layer
 
 @FEW
 @given(layouts())
-def test_images_follow_one_another_aligned_and_waste_less_than_the_alignment(layout: LayerLayout):
+def test_images_follow_one_another_aligned_and_waste_less_than_the_alignment(
+    layout: LayerLayout,
+) -> None:
     assert layout.image_bytes % ALIGNMENT_BYTES == 0
     padding = layout.image_bytes - sum(s.size_bytes for s in layout.segments)
     assert padding < ALIGNMENT_BYTES * len(layout.segments)
@@ -144,7 +146,7 @@ def test_images_follow_one_another_aligned_and_waste_less_than_the_alignment(lay
 
 @FEW
 @given(layouts())
-def test_a_view_is_exactly_the_bytes_of_its_segment(layout: LayerLayout):
+def test_a_view_is_exactly_the_bytes_of_its_segment(layout: LayerLayout) -> None:
     image = torch.zeros(layout.image_bytes, dtype=torch.uint8)
     for segment in layout.segments:
         view = layout.views(image)[segment.param.name]
@@ -157,14 +159,14 @@ def test_a_view_is_exactly_the_bytes_of_its_segment(layout: LayerLayout):
         image.zero_()
 
 
-def test_an_image_of_another_length_is_refused():
+def test_an_image_of_another_length_is_refused() -> None:
     layout = LayerLayout(PARAMS, torch.float32)
     with pytest.raises(AssertionError):
         layout.views(torch.zeros(layout.image_bytes - 1, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_images_are_the_checkpoints_tensors_joined_and_transposed(stored: torch.dtype):
+def test_images_are_the_checkpoints_tensors_joined_and_transposed(stored: torch.dtype) -> None:
     checkpoint = FakeCheckpoint(stored)
     host = HostWeights(LayerLayout(PARAMS, torch.float32), MODEL.n_layers)
     host.load(checkpoint)
@@ -176,7 +178,7 @@ def test_images_are_the_checkpoints_tensors_joined_and_transposed(stored: torch.
             torch.testing.assert_close(views[name], tensor, rtol=0, atol=0)
 
 
-def test_images_convert_to_the_engines_dtype():
+def test_images_convert_to_the_engines_dtype() -> None:
     checkpoint = FakeCheckpoint()
     host = HostWeights(LayerLayout(PARAMS, torch.bfloat16), MODEL.n_layers)
     host.load(checkpoint)
@@ -184,7 +186,7 @@ def test_images_convert_to_the_engines_dtype():
     assert torch.equal(host.layout.views(host.images[3])["qkv"], expected)
 
 
-def test_loading_reads_each_tensor_once_and_tells_of_each_layer():
+def test_loading_reads_each_tensor_once_and_tells_of_each_layer() -> None:
     checkpoint = FakeCheckpoint()
     heard: list[int] = []
     host = HostWeights(LayerLayout(PARAMS, torch.float32), MODEL.n_layers)
@@ -193,12 +195,12 @@ def test_loading_reads_each_tensor_once_and_tells_of_each_layer():
     assert sorted(checkpoint.read_names) == sorted(shapes().keys() - STATIC.keys())
 
 
-def test_host_bytes_are_those_of_all_images():
+def test_host_bytes_are_those_of_all_images() -> None:
     host = HostWeights(LayerLayout(PARAMS, torch.float32), 3)
     assert host.n_bytes == sum(image.nbytes for image in host.images) == 3 * host.images[0].nbytes
 
 
-def test_static_weights_keep_shape_and_convert():
+def test_static_weights_keep_shape_and_convert() -> None:
     checkpoint = FakeCheckpoint(torch.bfloat16)
     names = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight"}
     static = StaticWeights.load(checkpoint, names, torch.float32)
@@ -207,7 +209,7 @@ def test_static_weights_keep_shape_and_convert():
     assert static.n_bytes == 2 * 31 * 20 * 4
 
 
-def test_a_tied_head_is_read_and_counted_once():
+def test_a_tied_head_is_read_and_counted_once() -> None:
     checkpoint = FakeCheckpoint()
     names = {"embed": "model.embed_tokens.weight", "head": "model.embed_tokens.weight"}
     static = StaticWeights.load(checkpoint, names, torch.float32)
@@ -216,7 +218,7 @@ def test_a_tied_head_is_read_and_counted_once():
     assert static.n_bytes == 31 * 20 * 4
 
 
-def test_a_complete_checkpoint_passes_the_check_unread():
+def test_a_complete_checkpoint_passes_the_check_unread() -> None:
     checkpoint = FakeCheckpoint()
     check_checkpoint(checkpoint, PARAMS, STATIC)
     assert checkpoint.read_names == []
@@ -225,7 +227,7 @@ def test_a_complete_checkpoint_passes_the_check_unread():
 @pytest.mark.parametrize(
     "name", ["model.layers.10.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.bias"]
 )
-def test_a_missing_tensor_is_named_with_its_shape_before_any_read(name: str):
+def test_a_missing_tensor_is_named_with_its_shape_before_any_read(name: str) -> None:
     checkpoint = FakeCheckpoint()
     shape = checkpoint.shape(name)
     del checkpoint.tensors[name]
@@ -236,7 +238,7 @@ def test_a_missing_tensor_is_named_with_its_shape_before_any_read(name: str):
     assert checkpoint.read_names == []
 
 
-def test_a_missing_static_tensor_is_named():
+def test_a_missing_static_tensor_is_named() -> None:
     checkpoint = FakeCheckpoint()
     del checkpoint.tensors["lm_head.weight"]
     with pytest.raises(CheckpointError, match=r"lm_head\.weight .*\(31, 20\)"):
@@ -244,7 +246,9 @@ def test_a_missing_static_tensor_is_named():
 
 
 @pytest.mark.parametrize("shape", [(20, 24), (24, 21), (480,)])
-def test_a_misshapen_tensor_is_named_with_both_shapes_before_any_read(shape: tuple[int, ...]):
+def test_a_misshapen_tensor_is_named_with_both_shapes_before_any_read(
+    shape: tuple[int, ...],
+) -> None:
     checkpoint = FakeCheckpoint()
     name = "model.layers.7.self_attn.q_proj.weight"
     checkpoint.tensors[name] = torch.zeros(shape)
@@ -255,5 +259,5 @@ def test_a_misshapen_tensor_is_named_with_both_shapes_before_any_read(shape: tup
     assert checkpoint.read_names == []
 
 
-def test_the_layers_number_stands_in_its_tensors_names():
+def test_the_layers_number_stands_in_its_tensors_names() -> None:
     assert source_name("model.layers.{layer}.a.{layer}", 11) == "model.layers.11.a.11"

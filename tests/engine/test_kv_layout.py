@@ -40,7 +40,9 @@ def byte_addresses(spec: KVSpec, width: int, positions: range) -> list[int]:
 
 @FEW
 @given(reshaped())
-def test_strides_give_each_byte_of_the_layer_region_to_one_element(case: tuple[KVSpec, int]):
+def test_strides_give_each_byte_of_the_layer_region_to_one_element(
+    case: tuple[KVSpec, int],
+) -> None:
     spec, width = case
     found = byte_addresses(spec, width, range(spec.positions(width)))
     assert sorted(found) == list(range(spec.chunk_layer_bytes))
@@ -50,7 +52,7 @@ def test_strides_give_each_byte_of_the_layer_region_to_one_element(case: tuple[K
 @given(reshaped(orders=("position",)), st.integers(0, 16))
 def test_live_bytes_of_position_order_are_exactly_the_first_positions(
     case: tuple[KVSpec, int], n_tokens: int
-):
+) -> None:
     spec, width = case
     n_tokens = min(n_tokens, spec.positions(width))
     found = byte_addresses(spec, width, range(n_tokens))
@@ -59,7 +61,9 @@ def test_live_bytes_of_position_order_are_exactly_the_first_positions(
 
 @FEW
 @given(reshaped(orders=("row",)), st.integers(0, 16))
-def test_live_bytes_of_row_order_hold_the_first_positions(case: tuple[KVSpec, int], n_tokens: int):
+def test_live_bytes_of_row_order_hold_the_first_positions(
+    case: tuple[KVSpec, int], n_tokens: int
+) -> None:
     spec, width = case
     n_tokens = min(n_tokens, spec.positions(width))
     found = byte_addresses(spec, width, range(n_tokens))
@@ -69,7 +73,7 @@ def test_live_bytes_of_row_order_hold_the_first_positions(case: tuple[KVSpec, in
 
 @FEW
 @given(reshaped(orders=("row",)))
-def test_row_order_keeps_the_keys_of_a_head_in_one_run(case: tuple[KVSpec, int]):
+def test_row_order_keeps_the_keys_of_a_head_in_one_run(case: tuple[KVSpec, int]) -> None:
     spec, width = case
     strides = spec.strides(width)
     assert strides.position == spec.head_dim * spec.itemsize
@@ -78,7 +82,7 @@ def test_row_order_keeps_the_keys_of_a_head_in_one_run(case: tuple[KVSpec, int])
 
 @FEW
 @given(reshaped())
-def test_a_chunk_holds_as_many_bytes_as_its_tokens_need(case: tuple[KVSpec, int]):
+def test_a_chunk_holds_as_many_bytes_as_its_tokens_need(case: tuple[KVSpec, int]) -> None:
     spec, width = case
     elements = spec.n_layers * 2 * spec.n_kv_heads * spec.head_dim
     assert spec.token_bytes == elements * spec.itemsize
@@ -89,13 +93,13 @@ def test_a_chunk_holds_as_many_bytes_as_its_tokens_need(case: tuple[KVSpec, int]
 @given(st.integers(0, 10), st.integers(1, 20_000), st.integers(0, 6))
 def test_width_for_is_the_widest_slab_whose_rows_need_four_chunks_or_fewer(
     chunk_log: int, expected_tokens: int, max_width_log: int
-):
+) -> None:
     spec = KVSpec(1, 1, 1, 1, 1 << chunk_log, "position")
     widths = [1 << i for i in range(max_width_log + 1)]
     fitting = [w for w in widths if w * expected_tokens <= 4 * spec.chunk_tokens]
     assert spec.width_for(expected_tokens, widths[-1]) == max(fitting, default=1)
 
 
-def test_chunks_that_are_no_power_of_two_are_refused():
+def test_chunks_that_are_no_power_of_two_are_refused() -> None:
     with pytest.raises(AssertionError, match="power of two"):
         KVSpec(1, 1, 1, 1, 48, "position")

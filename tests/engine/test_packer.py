@@ -75,7 +75,7 @@ def n_missing(request: Request) -> int:
 
 @FEW
 @given(CASES)
-def test_every_row_that_decodes_takes_part_with_one_token(case: Case):
+def test_every_row_that_decodes_takes_part_with_one_token(case: Case) -> None:
     residents, plan = packed(case)
     works = works_of(plan)
     decoding = [r for r in residents if n_missing(r) == 1]
@@ -84,7 +84,7 @@ def test_every_row_that_decodes_takes_part_with_one_token(case: Case):
 
 @FEW
 @given(CASES)
-def test_the_prefill_budget_is_spent_on_the_oldest_first(case: Case):
+def test_the_prefill_budget_is_spent_on_the_oldest_first(case: Case) -> None:
     residents, plan = packed(case)
     works, left = works_of(plan), case.budget_tokens
     for request in sorted(residents, key=lambda r: (r.priority, r.sequence_no)):
@@ -97,7 +97,7 @@ def test_the_prefill_budget_is_spent_on_the_oldest_first(case: Case):
 
 @FEW
 @given(CASES)
-def test_a_row_samples_when_it_reaches_its_last_known_token_and_only_then(case: Case):
+def test_a_row_samples_when_it_reaches_its_last_known_token_and_only_then(case: Case) -> None:
     _, plan = packed(case)
     for work in works_of(plan).values():
         assert work.samples == (work.stop == work.request.n_tokens)
@@ -105,7 +105,7 @@ def test_a_row_samples_when_it_reaches_its_last_known_token_and_only_then(case: 
 
 @FEW
 @given(CASES)
-def test_work_starts_behind_what_is_cached_in_the_row_the_request_sits_in(case: Case):
+def test_work_starts_behind_what_is_cached_in_the_row_the_request_sits_in(case: Case) -> None:
     residents, plan = packed(case)
     for work in works_of(plan).values():
         assert work.start == work.request.n_cached
@@ -114,7 +114,7 @@ def test_work_starts_behind_what_is_cached_in_the_row_the_request_sits_in(case: 
 
 @FEW
 @given(CASES)
-def test_no_slab_is_split_over_sub_batches(case: Case):
+def test_no_slab_is_split_over_sub_batches(case: Case) -> None:
     _, plan = packed(case)
     slabs = [{w.slab for w in s.rows} for s in plan.sub_batches]
     assert sum(map(len, slabs)) == len(set().union(*slabs))
@@ -122,7 +122,7 @@ def test_no_slab_is_split_over_sub_batches(case: Case):
 
 @FEW
 @given(CASES)
-def test_there_are_as_many_sub_batches_as_asked_for_unless_slabs_run_short(case: Case):
+def test_there_are_as_many_sub_batches_as_asked_for_unless_slabs_run_short(case: Case) -> None:
     _, plan = packed(case)
     n_slabs = len({w.slab for w in works_of(plan).values()})
     assert len(plan.sub_batches) == min(case.n_sub_batches, n_slabs)
@@ -131,7 +131,7 @@ def test_there_are_as_many_sub_batches_as_asked_for_unless_slabs_run_short(case:
 
 @FEW
 @given(CASES)
-def test_sub_batches_differ_by_the_largest_slab_at_most(case: Case):
+def test_sub_batches_differ_by_the_largest_slab_at_most(case: Case) -> None:
     _, plan = packed(case)
     tokens_of_slab: Counter[int] = Counter()
     for work in works_of(plan).values():
@@ -142,7 +142,7 @@ def test_sub_batches_differ_by_the_largest_slab_at_most(case: Case):
 
 @FEW
 @given(CASES)
-def test_the_same_residents_give_the_same_plan(case: Case):
+def test_the_same_residents_give_the_same_plan(case: Case) -> None:
     def summary(plan: StepPlan) -> list[list[tuple[str, int, int, int, int]]]:
         return [
             [(w.request.request_id, w.slab, w.row, w.start, w.n_new) for w in s.rows]
@@ -154,6 +154,6 @@ def test_the_same_residents_give_the_same_plan(case: Case):
     assert summary(again) == summary(plan) == summary(packed(case)[1])
 
 
-def test_nobody_to_run_gives_an_empty_plan():
+def test_nobody_to_run_gives_an_empty_plan() -> None:
     _, plan = packed(Case([], 100, 3))
     assert plan == StepPlan(())

@@ -40,29 +40,29 @@ def eager_switching() -> Iterator[None]:
     sys.setswitchinterval(interval_s)
 
 
-def test_lower_priority_numbers_come_first_then_arrival():
+def test_lower_priority_numbers_come_first_then_arrival() -> None:
     requests = [ask("late", priority=5), ask("a"), ask("soon", priority=-1), ask("b"), ask("c")]
     assert names_in_order(queue_of(requests)) == ["soon", "a", "b", "c", "late"]
 
 
-def test_arrival_order_holds_over_several_pushes():
+def test_arrival_order_holds_over_several_pushes() -> None:
     queue = queue_of([ask("a"), ask("b")])
     queue.push([ask("c")], retry_after_s=1)
     queue.push([ask("d"), ask("e", priority=-1)], retry_after_s=1)
     assert names_in_order(queue) == ["e", "a", "b", "c", "d"]
 
 
-def test_peek_leaves_the_request_in_its_place():
+def test_peek_leaves_the_request_in_its_place() -> None:
     queue = queue_of([ask("a"), ask("b")])
     assert queue.peek() is queue.peek()
     assert len(queue) == 2
 
 
-def test_peek_of_an_empty_queue_is_none():
+def test_peek_of_an_empty_queue_is_none() -> None:
     assert WaitingQueue(QueueConfig()).peek() is None
 
 
-def test_pop_takes_a_request_out_of_the_middle():
+def test_pop_takes_a_request_out_of_the_middle() -> None:
     requests = [ask(name) for name in "abcdefgh"]
     queue = queue_of(requests)
     for middle in (3, 5, 0):
@@ -70,7 +70,7 @@ def test_pop_takes_a_request_out_of_the_middle():
     assert names_in_order(queue) == ["b", "c", "e", "g", "h"]
 
 
-def test_push_back_returns_a_request_to_its_old_place():
+def test_push_back_returns_a_request_to_its_old_place() -> None:
     requests = [ask("a"), ask("b"), ask("c")]
     queue = queue_of(requests)
     queue.pop(requests[0])
@@ -80,7 +80,7 @@ def test_push_back_returns_a_request_to_its_old_place():
     assert names_in_order(queue) == ["a", "b", "c", "d"]
 
 
-def test_push_back_is_never_refused():
+def test_push_back_is_never_refused() -> None:
     requests = [ask("a", n_prompt=4), ask("b", n_prompt=4)]
     queue = queue_of(requests, max_requests=2, max_tokens=8)
     queue.pop(requests[0])
@@ -89,12 +89,12 @@ def test_push_back_is_never_refused():
     assert (len(queue), queue.n_tokens) == (3, 12)
 
 
-def test_tokens_waiting_are_prompts_and_requested_outputs():
+def test_tokens_waiting_are_prompts_and_requested_outputs() -> None:
     queue = queue_of([ask("a", 3, max_tokens=10), ask("b", 5, max_tokens=None)])
     assert queue.n_tokens == 3 + 10 + 5
 
 
-def test_tokens_waiting_return_to_zero():
+def test_tokens_waiting_return_to_zero() -> None:
     requests = [ask(str(i), n_prompt=i + 1, max_tokens=i) for i in range(6)]
     queue = queue_of(requests)
     queue.pop(requests[2])
@@ -103,14 +103,14 @@ def test_tokens_waiting_return_to_zero():
     assert queue.n_tokens == 0
 
 
-def test_drain_empties_the_queue_and_returns_all():
+def test_drain_empties_the_queue_and_returns_all() -> None:
     requests = [ask("a", 3), ask("b", 4)]
     queue = queue_of(requests)
     assert sorted(r.request_id for r in queue.drain()) == ["a", "b"]
     assert (len(queue), queue.n_tokens, queue.peek()) == (0, 0, None)
 
 
-def test_exactly_the_limits_fit():
+def test_exactly_the_limits_fit() -> None:
     queue = queue_of([ask("a", 6), ask("b", 2, max_tokens=2)], max_requests=2, max_tokens=10)
     assert (len(queue), queue.n_tokens) == (2, 10)
 
@@ -122,7 +122,9 @@ def test_exactly_the_limits_fit():
         ({"max_requests": 100, "max_tokens": 12}, ["2 of 100 requests", "9 of 12 tokens"]),
     ],
 )
-def test_past_a_limit_the_refusal_has_the_numbers(limits: dict[str, int], numbers: list[str]):
+def test_past_a_limit_the_refusal_has_the_numbers(
+    limits: dict[str, int], numbers: list[str]
+) -> None:
     queue = queue_of([ask("a", 4), ask("b", 5)], **limits)
     with pytest.raises(QueueFullError) as refusal:
         queue.push([ask("c", 2), ask("d", 1, max_tokens=3)], retry_after_s=7)
@@ -131,7 +133,7 @@ def test_past_a_limit_the_refusal_has_the_numbers(limits: dict[str, int], number
         assert part in str(refusal.value)
 
 
-def test_a_refused_push_adds_none_of_its_requests():
+def test_a_refused_push_adds_none_of_its_requests() -> None:
     queue = queue_of([ask("a")], max_requests=3)
     with pytest.raises(QueueFullError):
         queue.push([ask("b"), ask("c"), ask("d")], retry_after_s=1)
@@ -145,7 +147,7 @@ def test_a_refused_push_adds_none_of_its_requests():
 @pytest.mark.usefixtures("eager_switching")
 def test_a_burst_from_many_threads_fills_the_queue_to_its_limit_and_no_further(
     limits: dict[str, int],
-):
+) -> None:
     queue = WaitingQueue(QueueConfig(**limits))
     start = threading.Barrier(8)
     accepted: list[Request] = []

@@ -149,32 +149,34 @@ def simulated(seed: int) -> Simulation:
 
 @pytest.mark.parametrize("seed", SEEDS)
 class TestSimulation:
-    def test_it_is_tight_enough_to_park_and_to_refuse(self, seed: int):
+    def test_it_is_tight_enough_to_park_and_to_refuse(self, seed: int) -> None:
         assert simulated(seed).n_parked > 10
         assert simulated(seed).n_refused > 10
 
-    def test_every_request_ends(self, seed: int):
+    def test_every_request_ends(self, seed: int) -> None:
         assert simulated(seed).n_ended == N_REQUESTS
 
-    def test_the_oldest_row_is_never_parked(self, seed: int):
+    def test_the_oldest_row_is_never_parked(self, seed: int) -> None:
         assert simulated(seed).oldest_parked == []
 
-    def test_rows_have_room_for_their_tokens_after_make_room_and_after_admission(self, seed: int):
+    def test_rows_have_room_for_their_tokens_after_make_room_and_after_admission(
+        self, seed: int
+    ) -> None:
         assert simulated(seed).short == []
 
-    def test_a_refused_admission_changes_nothing(self, seed: int):
+    def test_a_refused_admission_changes_nothing(self, seed: int) -> None:
         assert simulated(seed).changed_by_refusal == []
 
-    def test_a_slab_keeps_its_width(self, seed: int):
+    def test_a_slab_keeps_its_width(self, seed: int) -> None:
         assert simulated(seed).mixed_slabs == []
 
-    def test_nothing_is_left_when_all_have_ended(self, seed: int):
+    def test_nothing_is_left_when_all_have_ended(self, seed: int) -> None:
         residents = simulated(seed).residents
         assert (len(residents), residents.slabs, residents.used_bytes) == (0, {}, 0)
         assert residents.pool.n_free == residents.pool.n_chunks
 
 
-def test_admission_takes_room_for_the_prompt_and_a_first_stretch():
+def test_admission_takes_room_for_the_prompt_and_a_first_stretch() -> None:
     residents, request = residents_of(), ask(0, n_prompt=100)
     assert residents.admit(request, expected_tokens=200)
     slab, _ = residents.place(request)
@@ -182,13 +184,13 @@ def test_admission_takes_room_for_the_prompt_and_a_first_stretch():
     assert need <= slab.capacity_tokens < need + slab.positions_per_chunk
 
 
-def test_admission_takes_no_more_room_than_the_request_will_need():
+def test_admission_takes_no_more_room_than_the_request_will_need() -> None:
     residents, request = residents_of(), ask(0, n_prompt=40)
     assert residents.admit(request, expected_tokens=48)
     assert residents.place(request).slab.capacity_tokens == 48
 
 
-def test_admission_is_refused_when_rows_are_short():
+def test_admission_is_refused_when_rows_are_short() -> None:
     residents = residents_of(max_rows=2)
     assert residents.admit(ask(0, 1), 2) and residents.admit(ask(1, 1), 2)
     before = state(residents)
@@ -196,7 +198,7 @@ def test_admission_is_refused_when_rows_are_short():
     assert state(residents) == before
 
 
-def test_admission_is_refused_when_chunks_are_short():
+def test_admission_is_refused_when_chunks_are_short() -> None:
     residents = residents_of(n_chunks=7)
     assert residents.admit(ask(0, 4 * CHUNK_TOKENS), 4 * CHUNK_TOKENS)
     before = state(residents)
@@ -204,7 +206,7 @@ def test_admission_is_refused_when_chunks_are_short():
     assert state(residents) == before
 
 
-def test_requests_of_unlike_length_get_slabs_of_unlike_width():
+def test_requests_of_unlike_length_get_slabs_of_unlike_width() -> None:
     residents = residents_of()
     short, long, also_short = ask(0, 4), ask(1, 60), ask(2, 4)
     for request in (short, long, also_short):
@@ -214,7 +216,7 @@ def test_requests_of_unlike_length_get_slabs_of_unlike_width():
     assert residents.place(long).slab.width == 1
 
 
-def test_a_free_row_is_used_before_a_slab_is_opened():
+def test_a_free_row_is_used_before_a_slab_is_opened() -> None:
     residents = residents_of()
     requests = [ask(i, 4) for i in range(4)]
     assert all(residents.admit(r, 8) for r in requests)
@@ -225,7 +227,7 @@ def test_a_free_row_is_used_before_a_slab_is_opened():
     assert residents.place(newcomer) == place
 
 
-def test_release_returns_the_chunks_no_other_row_reaches():
+def test_release_returns_the_chunks_no_other_row_reaches() -> None:
     residents = residents_of()
     short, long = ask(0, 3), ask(1, 9)
     assert residents.admit(short, 12) and residents.admit(long, 12)
@@ -245,20 +247,20 @@ def full_house() -> tuple[Residents, list[Request]]:
     return residents, requests
 
 
-def test_make_room_parks_nobody_while_all_fit():
+def test_make_room_parks_nobody_while_all_fit() -> None:
     residents, requests = full_house()
     assert residents.make_room() == []
     assert list(residents) == [requests[0], requests[1], requests[3], requests[2]]
 
 
-def test_make_room_parks_the_least_deserving_row_first():
+def test_make_room_parks_the_least_deserving_row_first() -> None:
     residents, requests = full_house()
     grow(requests[0])
     assert residents.make_room() == [requests[2]]
     assert requests[2] not in residents
 
 
-def test_make_room_parks_as_many_as_it_takes():
+def test_make_room_parks_as_many_as_it_takes() -> None:
     residents, requests = full_house()
     for request in requests:
         grow(request, 2 * CHUNK_TOKENS)
@@ -266,21 +268,21 @@ def test_make_room_parks_as_many_as_it_takes():
     assert short_rows(residents) == []
 
 
-def test_a_parked_request_keeps_its_tokens_and_forgets_its_cache():
+def test_a_parked_request_keeps_its_tokens_and_forgets_its_cache() -> None:
     residents, requests = full_house()
     grow(requests[2], 3)
     residents.make_room()
     assert (requests[2].n_tokens, requests[2].n_cached) == (4 * CHUNK_TOKENS + 3, 0)
 
 
-def test_a_row_that_needs_its_own_chunk_may_be_the_one_that_is_parked():
+def test_a_row_that_needs_its_own_chunk_may_be_the_one_that_is_parked() -> None:
     residents, requests = full_house()
     grow(requests[2])
     assert residents.make_room() == [requests[2]]
     residents.check_integrity()
 
 
-def test_iteration_is_oldest_first_by_priority_then_arrival():
+def test_iteration_is_oldest_first_by_priority_then_arrival() -> None:
     residents = residents_of()
     order = [ask(3, 1, priority=-1), ask(0, 1), ask(2, 40), ask(1, 1, priority=4)]
     for i in (2, 0, 3, 1):
@@ -332,7 +334,7 @@ def orphan_a_row(residents: Residents) -> None:
         orphan_a_row,
     ],
 )
-def test_check_integrity_notices(damage: Callable[[Residents], None]):
+def test_check_integrity_notices(damage: Callable[[Residents], None]) -> None:
     residents = residents_of()
     assert all(residents.admit(ask(i, 4), 8) for i in range(2))
     residents.check_integrity()
@@ -341,7 +343,7 @@ def test_check_integrity_notices(damage: Callable[[Residents], None]):
         residents.check_integrity()
 
 
-def test_used_bytes_count_the_chunks_that_are_held():
+def test_used_bytes_count_the_chunks_that_are_held() -> None:
     residents = residents_of()
     for i in count():
         if not residents.admit(ask(i, 20), 30):

@@ -44,14 +44,14 @@ def reference(rope: RopeConfig, head_dim: int) -> LlamaRotaryEmbedding:
 @pytest.mark.parametrize("kind", KINDS)
 def test_inverse_frequencies_are_those_of_transformers_to_the_last_bit_but_one(
     kind: str, head_dim: int
-):
+) -> None:
     expected = reference(KINDS[kind], head_dim).inv_freq.numpy()
     actual = inverse_frequencies(KINDS[kind], head_dim).numpy()
     assert actual.dtype == np.float32 and actual.shape == (head_dim // 2,)
     assert (np.abs(actual - expected) <= np.spacing(expected)).all()
 
 
-def test_the_llama3_cases_have_long_short_and_blended_waves():
+def test_the_llama3_cases_have_long_short_and_blended_waves() -> None:
     rope = KINDS["llama3.1"]
     plain = inverse_frequencies(RopeConfig(theta=rope.theta), 128)
     ratio = plain / inverse_frequencies(rope, 128)
@@ -61,7 +61,7 @@ def test_the_llama3_cases_have_long_short_and_blended_waves():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cos_and_sin_of_a_position_are_those_of_transformers(kind: str):
+def test_cos_and_sin_of_a_position_are_those_of_transformers(kind: str) -> None:
     positions = torch.tensor([0, 1, 2, 77, 4095, 100_000])
     cos, sin = rope_table(inverse_frequencies(KINDS[kind], 64), positions)
     expected = reference(KINDS[kind], 64)(torch.empty(1, dtype=torch.float32), positions[None])

@@ -19,11 +19,11 @@ def is_poison(memory: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_fresh_memory_is_nan_in_every_float_format(dtype: torch.dtype):
+def test_fresh_memory_is_nan_in_every_float_format(dtype: torch.dtype) -> None:
     assert SimDevice().empty(64).view(dtype).isnan().all()
 
 
-def test_a_queued_copy_poisons_its_destination_until_someone_waits():
+def test_a_queued_copy_poisons_its_destination_until_someone_waits() -> None:
     device = SimDevice()
     slot = host(1, 2, 3)
     device.copy(Stream.LOAD, slot, host(4, 5, 6))
@@ -32,7 +32,7 @@ def test_a_queued_copy_poisons_its_destination_until_someone_waits():
     assert slot.tolist() == [4, 5, 6]
 
 
-def test_the_host_may_wait_too():
+def test_the_host_may_wait_too() -> None:
     device = SimDevice()
     slot = device.empty(2)
     device.copy(Stream.STORE, slot, host(7, 8))
@@ -40,7 +40,7 @@ def test_the_host_may_wait_too():
     assert slot.tolist() == [7, 8]
 
 
-def test_a_wait_completes_the_copies_before_its_event_and_no_others():
+def test_a_wait_completes_the_copies_before_its_event_and_no_others() -> None:
     device = SimDevice()
     first, second, other = device.empty(1), device.empty(1), device.empty(1)
     device.copy(Stream.LOAD, first, host(1))
@@ -52,7 +52,7 @@ def test_a_wait_completes_the_copies_before_its_event_and_no_others():
     assert is_poison(second) and is_poison(other)
 
 
-def test_an_event_recorded_before_a_copy_does_not_complete_it():
+def test_an_event_recorded_before_a_copy_does_not_complete_it() -> None:
     device = SimDevice()
     event = device.record(Stream.LOAD)
     slot = device.empty(1)
@@ -61,7 +61,7 @@ def test_an_event_recorded_before_a_copy_does_not_complete_it():
     assert is_poison(slot)
 
 
-def test_the_source_is_read_when_the_copy_is_waited_for():
+def test_the_source_is_read_when_the_copy_is_waited_for() -> None:
     device = SimDevice()
     slot, source = device.empty(2), host(1, 2)
     device.copy(Stream.LOAD, slot, source)
@@ -70,7 +70,7 @@ def test_the_source_is_read_when_the_copy_is_waited_for():
     assert slot.tolist() == [1, 9]
 
 
-def test_a_copy_is_done_once_and_later_writes_stay():
+def test_a_copy_is_done_once_and_later_writes_stay() -> None:
     device = SimDevice()
     slot = device.empty(1)
     device.copy(Stream.LOAD, slot, host(1))
@@ -81,13 +81,13 @@ def test_a_copy_is_done_once_and_later_writes_stay():
     assert slot.tolist() == [5]
 
 
-def test_lengths_that_differ_are_refused():
+def test_lengths_that_differ_are_refused() -> None:
     device = SimDevice()
     with pytest.raises(AssertionError):
         device.copy(Stream.LOAD, device.empty(2), host(1))
 
 
-def test_the_clock_of_a_worked_example():
+def test_the_clock_of_a_worked_example() -> None:
     device = SimDevice(SLOW)
     slot = device.empty(20)
     device.copy(Stream.LOAD, slot, torch.zeros(20, dtype=torch.uint8))  # load: 0 to 2 s
@@ -106,7 +106,7 @@ def test_the_clock_of_a_worked_example():
     assert device.stall_s() == pytest.approx(1.0)
 
 
-def test_stalls_add_up_until_they_are_asked_for():
+def test_stalls_add_up_until_they_are_asked_for() -> None:
     device = SimDevice(SLOW)
     for _ in range(2):
         device.copy(Stream.LOAD, device.empty(30), torch.zeros(30, dtype=torch.uint8))
@@ -117,7 +117,7 @@ def test_stalls_add_up_until_they_are_asked_for():
     assert device.stall_s() == 0.0
 
 
-def test_waiting_for_what_has_happened_is_no_stall():
+def test_waiting_for_what_has_happened_is_no_stall() -> None:
     device = SimDevice(SLOW)
     device.copy(Stream.LOAD, device.empty(10), torch.zeros(10, dtype=torch.uint8))
     device.computed(500, ())
@@ -126,7 +126,7 @@ def test_waiting_for_what_has_happened_is_no_stall():
     assert device.time_s == pytest.approx(5.0)
 
 
-def test_copies_that_wait_for_the_arithmetic_are_no_stall():
+def test_copies_that_wait_for_the_arithmetic_are_no_stall() -> None:
     device = SimDevice(SLOW)
     device.computed(500, ())
     for stream in (Stream.LOAD, Stream.STORE):
@@ -136,7 +136,7 @@ def test_copies_that_wait_for_the_arithmetic_are_no_stall():
 
 
 @pytest.mark.parametrize("part", [slice(0, 4), slice(6, 8)])
-def test_a_copy_into_memory_that_is_still_read_is_an_error(part: slice):
+def test_a_copy_into_memory_that_is_still_read_is_an_error(part: slice) -> None:
     device = SimDevice(SLOW)
     slot = device.empty(8)
     device.computed(250, (slot,))
@@ -144,7 +144,7 @@ def test_a_copy_into_memory_that_is_still_read_is_an_error(part: slice):
         device.copy(Stream.LOAD, slot[part], torch.zeros_like(slot[part]))
 
 
-def test_a_copy_that_waits_for_the_last_reader_is_none():
+def test_a_copy_that_waits_for_the_last_reader_is_none() -> None:
     device = SimDevice(SLOW)
     slot = device.empty(8)
     device.computed(250, (slot,))
@@ -154,7 +154,7 @@ def test_a_copy_that_waits_for_the_last_reader_is_none():
     assert device.record(Stream.LOAD).time_s == pytest.approx(5.8)
 
 
-def test_a_wait_for_an_earlier_reader_does_not_do():
+def test_a_wait_for_an_earlier_reader_does_not_do() -> None:
     device = SimDevice(SLOW)
     slot = device.empty(8)
     device.computed(100, (slot,))
@@ -165,7 +165,7 @@ def test_a_wait_for_an_earlier_reader_does_not_do():
         device.copy(Stream.LOAD, slot, torch.zeros_like(slot))
 
 
-def test_a_copy_into_another_buffer_need_not_wait():
+def test_a_copy_into_another_buffer_need_not_wait() -> None:
     device = SimDevice(SLOW)
     slot, other = device.empty(8), device.empty(8)
     device.computed(250, (slot,))

@@ -95,7 +95,7 @@ def right_bytes(cell: Cell, host: HostWeights) -> bool:
 
 @every_case
 @every_cell_count
-def test_every_cell_reads_the_bytes_of_its_layer(look_ahead: int, cells: tuple[int, ...]):
+def test_every_cell_reads_the_bytes_of_its_layer(look_ahead: int, cells: tuple[int, ...]) -> None:
     source, device = streamed(look_ahead)
     found = sweep(source, device, cells)
     assert len(found) == N_LAYERS * sum(cells)
@@ -104,7 +104,7 @@ def test_every_cell_reads_the_bytes_of_its_layer(look_ahead: int, cells: tuple[i
 
 @every_case
 @every_cell_count
-def test_each_layer_is_counted_once_per_step(look_ahead: int, cells: tuple[int, ...]):
+def test_each_layer_is_counted_once_per_step(look_ahead: int, cells: tuple[int, ...]) -> None:
     source, device = streamed(look_ahead)
     sweep(source, device, cells)
     assert source.n_bytes_moved == len(cells) * N_LAYERS * LAYOUT.image_bytes
@@ -112,7 +112,9 @@ def test_each_layer_is_counted_once_per_step(look_ahead: int, cells: tuple[int, 
 
 @every_case
 @every_cell_count
-def test_copies_issued_are_those_counted_and_those_ahead(look_ahead: int, cells: tuple[int, ...]):
+def test_copies_issued_are_those_counted_and_those_ahead(
+    look_ahead: int, cells: tuple[int, ...]
+) -> None:
     source, device = streamed(look_ahead)
     sweep(source, device, cells)
     assert sum(device.copied_bytes) == source.n_bytes_moved + source.n_bytes_ahead
@@ -120,7 +122,7 @@ def test_copies_issued_are_those_counted_and_those_ahead(look_ahead: int, cells:
 
 
 @every_case
-def test_bytes_ahead_are_right_in_the_middle_of_a_layer(look_ahead: int):
+def test_bytes_ahead_are_right_in_the_middle_of_a_layer(look_ahead: int) -> None:
     source, device = streamed(look_ahead)
     source.acquire()
     for part in range(5):
@@ -130,7 +132,9 @@ def test_bytes_ahead_are_right_in_the_middle_of_a_layer(look_ahead: int):
 
 @every_case
 @every_cell_count
-def test_memory_is_one_slot_more_than_the_look_ahead(look_ahead: int, cells: tuple[int, ...]):
+def test_memory_is_one_slot_more_than_the_look_ahead(
+    look_ahead: int, cells: tuple[int, ...]
+) -> None:
     source, device = streamed(look_ahead)
     sweep(source, device, cells)
     assert device.allocated_bytes == [LAYOUT.image_bytes] * (look_ahead + 1)
@@ -140,7 +144,7 @@ def test_memory_is_one_slot_more_than_the_look_ahead(look_ahead: int, cells: tup
 @every_cell_count
 def test_with_look_ahead_each_cell_queues_its_share_of_a_layer(
     look_ahead: int, cells: tuple[int, ...]
-):
+) -> None:
     source, device = streamed(look_ahead)
     for cell in sweep(source, device, cells):
         if cell.unit > 0:  # the first unit also fills the ring
@@ -148,12 +152,12 @@ def test_with_look_ahead_each_cell_queues_its_share_of_a_layer(
             assert abs(cell.queued_bytes[0] - LAYOUT.image_bytes / cell.n_cells) <= 1
 
 
-def test_without_look_ahead_nothing_is_queued_before_it_is_acquired():
+def test_without_look_ahead_nothing_is_queued_before_it_is_acquired() -> None:
     source, device = streamed(0)
     assert all(cell.queued_bytes == [] for cell in sweep(source, device, (2, 3)))
 
 
-def test_the_serial_twin_takes_the_sum_of_copies_and_arithmetic():
+def test_the_serial_twin_takes_the_sum_of_copies_and_arithmetic() -> None:
     source, device = streamed(0)
     sweep(source, device, (2, 2))
     assert device.time_s == pytest.approx(2 * N_LAYERS * (1.0 + 2 * CELL_FLOPS))
@@ -161,7 +165,7 @@ def test_the_serial_twin_takes_the_sum_of_copies_and_arithmetic():
 
 
 @pytest.mark.parametrize("look_ahead", LOOK_AHEADS[1:])
-def test_look_ahead_hides_the_copies_behind_longer_arithmetic(look_ahead: int):
+def test_look_ahead_hides_the_copies_behind_longer_arithmetic(look_ahead: int) -> None:
     source, device = streamed(look_ahead)
     sweep(source, device, (2, 2))
     assert device.time_s == pytest.approx(1.0 + 2 * N_LAYERS * 2 * CELL_FLOPS)
@@ -200,29 +204,31 @@ def fault(source_class: type[StreamedWeights], look_ahead: int, cells: Sequence[
 
 @every_case
 @every_cell_count
-def test_the_order_that_is_kept_shows_no_fault(look_ahead: int, cells: tuple[int, ...]):
+def test_the_order_that_is_kept_shows_no_fault(look_ahead: int, cells: tuple[int, ...]) -> None:
     assert fault(StreamedWeights, look_ahead, cells) == ""
 
 
 @pytest.mark.parametrize("look_ahead", LOOK_AHEADS[1:])
 @every_cell_count
-def test_a_ring_that_is_one_slot_too_small_is_noticed(look_ahead: int, cells: tuple[int, ...]):
+def test_a_ring_that_is_one_slot_too_small_is_noticed(
+    look_ahead: int, cells: tuple[int, ...]
+) -> None:
     assert fault(OneSlotTooFew, look_ahead, cells) != ""
 
 
 @every_case
 @every_cell_count
-def test_a_forgotten_wait_for_loaded_is_noticed(look_ahead: int, cells: tuple[int, ...]):
+def test_a_forgotten_wait_for_loaded_is_noticed(look_ahead: int, cells: tuple[int, ...]) -> None:
     assert fault(ForgetsLoaded, look_ahead, cells) != ""
 
 
 @every_case
 @every_cell_count
-def test_a_forgotten_released_is_noticed(look_ahead: int, cells: tuple[int, ...]):
+def test_a_forgotten_released_is_noticed(look_ahead: int, cells: tuple[int, ...]) -> None:
     assert fault(ForgetsReleased, look_ahead, cells) == "reused"
 
 
-def test_where_host_memory_is_device_memory_layers_are_used_where_they_lie():
+def test_where_host_memory_is_device_memory_layers_are_used_where_they_lie() -> None:
     host = host_weights()
     source = weight_source(CpuDevice(), host, look_ahead=2)
     assert isinstance(source, InPlaceWeights)
@@ -235,7 +241,7 @@ def test_where_host_memory_is_device_memory_layers_are_used_where_they_lie():
         assert source.n_bytes_moved == (unit + 1) * LAYOUT.image_bytes
 
 
-def test_a_device_with_memory_of_its_own_gets_the_ring():
+def test_a_device_with_memory_of_its_own_gets_the_ring() -> None:
     source = weight_source(SimDevice(), host_weights(), look_ahead=2)
     assert isinstance(source, StreamedWeights)
     assert source.look_ahead == 2
