@@ -18,7 +18,6 @@ from server.metrics import ServerMetrics
 from server.params import Work
 from server.schemas import Body, BodyT, validate
 from server.settings import ServerSettings
-from sl_serve.errors import EngineClosedError
 
 log = structlog.get_logger(__name__)
 
@@ -34,7 +33,6 @@ class ServerContext:
         self.settings = settings
         self.metrics = ServerMetrics(engine)
         self.jobs: set[Job] = set()
-        self.draining = False
         self.created = int(time.time())  # unix seconds
         self._workers = ThreadPoolExecutor(settings.n_workers, thread_name_prefix="sl-serve-front")
         self._ignored_names: set[str] = set()
@@ -68,8 +66,6 @@ class ServerContext:
 
     def start(self, work: Work) -> Job:
         """Hands the work to the engine; nothing is left behind where it refuses."""
-        if self.draining:
-            raise EngineClosedError("draining")
         job = Job(self.engine, work, self.metrics.watch(len(work.choices), time.monotonic()))
         job.submit()
         self.jobs.add(job)

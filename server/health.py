@@ -30,7 +30,7 @@ def health_routes(context: ServerContext) -> APIRouter:
         """503 while no new request would be served: dead, draining or stuck."""
         snapshot = context.engine.snapshot()
         _raise_if_down(snapshot)
-        if context.draining or snapshot.state is EngineState.DRAINING:
+        if snapshot.state is EngineState.DRAINING:
             raise _unavailable("draining", "The server is draining and takes no new requests.")
         if _is_stuck(snapshot, context.settings.stall_floor_s):
             seconds = snapshot.since_progress_s

@@ -155,7 +155,6 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         timeout_s = self._context.settings.drain_timeout_s
-        self._context.draining = True
         log.info("draining", unfinished=len(self._context.jobs), timeout_s=timeout_s)
         if not await _drained(self._context, timeout_s):
             log.warning("drain_timeout", unfinished=len(self._context.jobs))

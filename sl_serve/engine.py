@@ -32,6 +32,7 @@ from sl_serve.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 StepObserver = Callable[[StepStats], None]
+CLOSE_TIMEOUT_S = 10  # a hung step must not keep the process; the thread is a daemon
 MAX_RETRY_AFTER_S = 120  # OpenAI's client gives up at once beyond it
 
 
@@ -117,7 +118,7 @@ class Engine:
                 self._state = EngineState.CLOSED
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(CLOSE_TIMEOUT_S)
 
     # The engine thread.
 
@@ -240,8 +241,9 @@ class Engine:
         n_prompt, limit = request.n_prompt, self.max_model_len
         if n_prompt == 0:
             raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-        if not all(0 <= t < self.vocab_size for t in request.prompt_ids):
-            bad = next(t for t in request.prompt_ids if not 0 <= t < self.vocab_size)
+        lowest, highest = min(request.prompt_ids), max(request.prompt_ids)
+        if lowest < 0 or highest >= self.vocab_size:
+            bad = lowest if lowest < 0 else highest
             raise RequestError(
                 f"token id {bad} is outside the vocabulary of {self.vocab_size}", "prompt"
             )

@@ -78,7 +78,9 @@ class TokenBytes:
 
     def _read_decoder(self) -> None:
         decoder = self._backend.decoder
-        spec: dict[str, Any] = {"type": "none"} if decoder is None else json.loads(decoder.__getstate__())
+        spec: dict[str, Any] = (
+            {"type": "none"} if decoder is None else json.loads(decoder.__getstate__())
+        )
         steps: list[dict[str, Any]] = spec["decoders"] if spec["type"] == "Sequence" else [spec]
         fused = False
         for step in steps:

@@ -90,6 +90,7 @@ class FakeEngine:
     max_queue: int = 10_000
     retry_after_s: int = 3600
     step_s: float = 0.0
+    stuck: bool = False  # does nothing, not even aborts
     holds_text: bool = False  # shows text with the last token only
     vocab_size: int = VOCAB
     n_parameters: int = 1_234_567
@@ -182,7 +183,7 @@ class FakeEngine:
         while not self.closed:
             with self._changed:
                 busy = self.active and (self.gate.is_set() or self._gone or self._failure)
-                if not busy:
+                if self.stuck or not busy:
                     self._changed.wait(0.005)
                     continue
                 self._end_some()

@@ -1,6 +1,6 @@
 """Serves the fake engine in a process of its own, for tests that send signals.
 
-python -m tests.server.serve_fake DRAIN_TIMEOUT_S {open|held} {console|json}
+python -m tests.server.serve_fake DRAIN_TIMEOUT_S {open|held|stuck} {console|json}
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tests.server.fake_engine import FakeEngine
 def main() -> int:
     timeout_s, gate, log_format = sys.argv[1:]
     engine = FakeEngine(step_s=0.02)
+    engine.stuck = gate == "stuck"
     if gate == "held":
         engine.gate.clear()
     settings = ServerSettings(

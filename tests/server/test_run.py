@@ -100,9 +100,10 @@ def test_drain_finishes_what_runs_and_refuses_the_rest() -> None:
     assert not any(line["event"] == "drain_timeout" for line in lines)
 
 
-def test_drain_timeout_ends_streams_with_an_error_event() -> None:
+@pytest.mark.parametrize("engine", ["held", "stuck"])
+def test_drain_timeout_ends_streams_with_an_error_event(engine: str) -> None:
     with (
-        serving("0.5", "held", "console") as process,
+        serving("0.5", engine, "console") as process,
         posting(process, LONG, LONG | {"stream": True}) as (whole, stream),
     ):
         started_s = time.monotonic()
@@ -119,7 +120,7 @@ def test_drain_timeout_ends_streams_with_an_error_event() -> None:
 
 def test_second_interrupt_does_not_wait() -> None:
     with (
-        serving("60", "held", "console") as process,
+        serving("60", "stuck", "console") as process,
         posting(process, LONG | {"stream": True}),
     ):
         started_s = time.monotonic()
