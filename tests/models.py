@@ -1,4 +1,4 @@
-"""Tiny checkpoints that the tests write: random weights, a byte-level tokenizer, a chat template."""
+"""Tiny checkpoints that the tests write: random weights, byte-level tokenizer, chat template."""
 
 from __future__ import annotations
 

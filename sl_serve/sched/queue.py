@@ -32,14 +32,13 @@ class WaitingQueue:
         return self._n_tokens
 
     def push(self, requests: Sequence[Request], retry_after_s: int) -> None:
-        """Add all or none. Raises QueueFullError with the numbers, RequestError for what could never
-        fit."""
+        """Add all or none. Raises QueueFullError, or RequestError for what could never fit."""
         tokens = sum(_cost_tokens(r) for r in requests)
         limits = self._limits
         if len(requests) > limits.max_requests or tokens > limits.max_tokens:
             raise RequestError(
-                f"{len(requests)} choices with {tokens} tokens are more than the whole queue holds "
-                f"({limits.max_requests} requests, {limits.max_tokens} tokens); ask for less at once"
+                f"{len(requests)} choices with {tokens} tokens are more than the queue ever holds "
+                f"({limits.max_requests} requests, {limits.max_tokens} tokens); ask for fewer"
             )
         with self._lock:
             n_after, tokens_after = len(self._heap) + len(requests), self._n_tokens + tokens

@@ -29,15 +29,15 @@ def reference(rope: RopeConfig, head_dim: int) -> LlamaRotaryEmbedding:
         "original_max_position_embeddings": rope.original_max_positions,
     }
     taken = {"default": 1, "linear": 2, "llama3": 5}[rope.kind]
-    config = LlamaConfig(
-        hidden_size=2 * head_dim,
-        num_attention_heads=2,
-        head_dim=head_dim,
-        max_position_embeddings=131072,
-        rope_theta=rope.theta,
-        rope_scaling=dict(list(parameters.items())[:taken]),
-    )
-    return LlamaRotaryEmbedding(config)
+    values = {
+        "hidden_size": 2 * head_dim,
+        "num_attention_heads": 2,
+        "head_dim": head_dim,
+        "max_position_embeddings": 131072,
+        "rope_theta": rope.theta,
+        "rope_scaling": dict(list(parameters.items())[:taken]),
+    }
+    return LlamaRotaryEmbedding(LlamaConfig(**values))
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
