@@ -9,6 +9,11 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 DeviceName = Literal["cpu", "sim"]
 
 
+# Lines of the vocabulary matrix's product made at once: where matmuls reach their full rate. One
+# buffer of (this, vocabulary) serves all rows of a step.
+LOGITS_BLOCK_LINES = 256
+
+
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Rotary positions. `kind` is Hugging Face's `rope_type`; fields are those of its kinds."""

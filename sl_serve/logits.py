@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from sl_serve.config import LOGITS_BLOCK_LINES as BLOCK_LINES
 from sl_serve.core import RowWork, SubBatchPlan, TokenLogprob
 from sl_serve.sampling import SampledToken, prompt_logprobs, sample
-
-BLOCK_LINES = 64
 
 HeadInput = Callable[[torch.Tensor], torch.Tensor]
 

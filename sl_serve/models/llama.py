@@ -56,10 +56,10 @@ def block(
     attend: Attend,
 ) -> None:
     h = ops.rms_norm(x, w["input_norm"], config.norm_eps)
-    add_linear(x, attention(config, ops, w, h, rope, attend), w["o"], w.get("o_bias"))
+    add_linear(x, attention(config, ops, w, h, rope, attend), "o", w)
     h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
-    h = ops.silu_mul(linear(h, w["gate_up"], w.get("gate_up_bias")))
-    add_linear(x, h, w["down"], w.get("down_bias"))
+    h = ops.silu_mul(linear(ops, "gate_up", h, w))
+    add_linear(x, h, "down", w)
 
 
 def attention(
@@ -70,7 +70,7 @@ def attention(
     rope: RopeTable,
     attend: Attend,
 ) -> torch.Tensor:
-    qkv = linear(h, w["qkv"], w.get("qkv_bias")).view(len(h), -1, config.head_dim)
+    qkv = linear(ops, "qkv", h, w).view(len(h), -1, config.head_dim)
     n_q, n_kv = config.n_heads, config.n_kv_heads
     ops.rope_(qkv[:, : n_q + n_kv], rope.cos, rope.sin)
     return attend(qkv[:, :n_q], qkv[:, n_q : n_q + n_kv], qkv[:, n_q + n_kv :])
@@ -80,15 +80,19 @@ def head_input(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) 
     return ops.rms_norm(x, w["final_norm"], config.norm_eps)
 
 
-def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
+def linear(ops: Ops, name: str, x: torch.Tensor, w: LayerWeights) -> torch.Tensor:
+    """x @ w[name] + bias, where there is one; in the scratch buffer of that name."""
+    out = ops.scratch(name, len(x), w[name].shape[1])
+    bias = w.get(f"{name}_bias")
+    if bias is None:
+        return torch.mm(x, w[name], out=out)
+    return torch.addmm(bias, x, w[name], out=out)
 
 
-def add_linear(
-    x: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    """x += h @ w + bias"""
-    x.addmm_(h, w)
+def add_linear(x: torch.Tensor, h: torch.Tensor, name: str, w: LayerWeights) -> None:
+    """x += h @ w[name] + bias"""
+    x.addmm_(h, w[name])
+    bias = w.get(f"{name}_bias")
     if bias is not None:
         x += bias
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from sl_serve.config import DTypeName
 from sl_serve.ops.protocol import KVRegion, Ops
 from sl_serve.ops.torch_ops import TorchOps
@@ -16,7 +18,7 @@ logger = logging.getLogger(__name__)
 def choose_ops(dtype: DTypeName, n_threads: int, native: bool = True) -> Ops:
     """The fastest operations for `dtype` on this machine; says once when they are the slow ones."""
     if not native or dtype != "float32":
-        return TorchOps()
+        return TorchOps(getattr(torch, dtype))
     try:
         from sl_serve.ops.native_ops import NativeOps
 

@@ -9,6 +9,7 @@ import torch
 
 from sl_serve.kv.rows import FIELDS, RowTable
 from sl_serve.ops.protocol import KVRegion
+from sl_serve.ops.scratch import Scratch
 
 
 class NativeOps:
@@ -20,6 +21,7 @@ class NativeOps:
         assert len(FIELDS) == ROW_FIELDS, "rows.py and kernels.hpp disagree"
         target = target or targets()[0]
         self.name = f"native ({target})"
+        self.scratch = Scratch(torch.float32)
         self._core = Core(target, n_threads)
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -35,7 +37,7 @@ class NativeOps:
         _check_heads(q, table)
         n_tokens, n_heads, head_dim = q.shape
         assert n_heads % n_kv_heads == 0 and head_dim <= 512
-        out = torch.empty(n_tokens, n_heads * head_dim)
+        out = self.scratch("attention", n_tokens, n_heads * head_dim)
         self._core.attend(
             q.data_ptr(),
             q.stride(0),
@@ -61,8 +63,8 @@ class NativeOps:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         assert x.is_contiguous() and weight.shape == x.shape[-1:]
         _check_lines(x)
-        out = torch.empty_like(x)
         n_lines, width = x.shape
+        out = self.scratch("norm", n_lines, width)
         self._core.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), n_lines, width, eps)
         return out
 
@@ -70,7 +72,7 @@ class NativeOps:
         assert gate_up.is_contiguous()
         _check_lines(gate_up)
         n_lines, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(n_lines, width)
+        out = self.scratch("silu", n_lines, width)
         self._core.silu_mul(gate_up.data_ptr(), out.data_ptr(), n_lines, width)
         return out
 

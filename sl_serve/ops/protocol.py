@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from sl_serve.kv.rows import RowTable
+from sl_serve.ops.scratch import Scratch
 
 
 class KVRegion(NamedTuple):
@@ -20,6 +21,7 @@ class Ops(Protocol):
     """Shapes: T tokens of a sub-batch, Hq query heads, Hk KV heads, D head size."""
 
     name: str
+    scratch: Scratch  # for results; those of the operations below use it too
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k, v (T, Hk, D) of the new tokens into their rows."""

@@ -8,10 +8,14 @@ from torch.nn import functional as F
 
 from sl_serve.kv.rows import FIELDS, Int64Array, RowTable
 from sl_serve.ops.protocol import KVRegion
+from sl_serve.ops.scratch import Scratch
 
 
 class TorchOps:
     name = "torch"
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.scratch = Scratch(dtype)
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
         n_kv_heads = k.shape[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sl_serve.config import EngineConfig, ModelConfig
+from sl_serve.config import LOGITS_BLOCK_LINES, EngineConfig, ModelConfig
 from sl_serve.errors import MemoryBudgetError
 from sl_serve.kv.layout import KVOrder, KVSpec
 from sl_serve.plan.budget import gib
@@ -157,7 +157,8 @@ def _workspace_bytes(model: ModelConfig, n_tokens: int, itemsize: int) -> int:
     """Activations of a step: hidden states, the widest intermediates twice, one logits block."""
     qkv = model.q_size + 2 * model.kv_size
     per_token = 3 * model.hidden_size + max(qkv + model.q_size, 3 * model.intermediate_size)
-    return n_tokens * per_token * itemsize + 2 * 64 * model.vocab_size * itemsize
+    logits = LOGITS_BLOCK_LINES * model.vocab_size * itemsize
+    return n_tokens * per_token * itemsize + logits
 
 
 def _floor_power_of_two(n: int) -> int:

