@@ -1,0 +1,132 @@
+"""Every command and every Python block of the README runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import openai
+import pytest
+from transformers import LlamaForCausalLM
+
+from server.settings import ServerSettings
+from tests.engine.running import config, engine
+from tests.server.conftest import LiveServer
+from tests.test_cli import wait_for_url
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [
+    line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line
+]
+
+
+def run(command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """A README command as it stands, with this interpreter's environment for .venv/bin."""
+    program, *arguments = shlex.split(command)
+    program = str(Path(sys.executable).parent / Path(program).name)
+    return subprocess.run(
+        [program, *arguments],
+        cwd=ROOT,
+        text=True,
+        check=True,
+        capture_output=True,
+        timeout=120,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def is_a_script(command: str) -> None:
+    """Run by CI itself."""
+    assert os.access(ROOT / command, os.X_OK)
+    assert command in (ROOT / ".ci/run").read_text()
+
+
+def prints(pattern: str) -> Callable[[str], None]:
+    def check(command: str) -> None:
+        assert re.search(pattern, run(command).stdout)
+
+    return check
+
+
+def serves(command: str) -> None:
+    program = Path(sys.executable).parent / "sl-serve"
+    log = ROOT / ".cache" / "readme-serve.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [program, *shlex.split(command)[1:], "--port", "0"], stderr=stderr
+        )
+    try:
+        wait_for_url(process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def chats(command: str) -> None:
+    """Says goodbye at once; the server of the README's URL need not be there for that."""
+    answer = run(command, input="/exit\n")
+    assert answer.returncode == 0
+
+
+def benchmarks(command: str) -> None:
+    """The same command on the case that is made for trying things out."""
+    small = command.replace("smollm2-128x128-n256", "tiny-16x8-n8")
+    assert small != command
+    target = ROOT / ".cache" / "readme-bench.json"
+    run(small.replace("result.json", str(target)))
+    assert '"share_of_bound"' in target.read_text()
+
+
+HOW: dict[str, Callable[[str], None]] = {
+    "scripts/demo": is_a_script,
+    "scripts/test": is_a_script,
+    ".venv/bin/sl-serve serve smollm2": serves,
+    '.venv/bin/sl-serve generate smollm2 --prompt "The capital of France is" '
+    "--max-tokens 8 --json": prints(r'"text": " Paris'),
+    ".venv/bin/sl-serve pull smollm2": prints(r"\.gguf\n"),
+    ".venv/bin/sl-serve serve --help": prints("SL_SERVE_PORT"),
+    ".venv/bin/sl-chat --url http://127.0.0.1:8000": chats,
+    ".venv/bin/python -m bench run --case smollm2-128x128-n256 --peers transformers "
+    "--json result.json": benchmarks,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str) -> None:
+    HOW[command](command)
+
+
+def test_the_offline_block() -> None:
+    (block,) = [b for b in blocks("python") if "sl_serve.llm" in b]
+    answer = subprocess.run(
+        [sys.executable, "-c", block], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert len(answer.stdout.split()) > 5
+
+
+def test_the_openai_block(tiny: tuple[Path, LlamaForCausalLM], capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = [b for b in blocks("python") if "openai" in b]
+    names = ServerSettings(served_model_names=("smollm2",))
+    with engine(tiny[0], config(max_rows=4)) as running, LiveServer(running, names) as live:
+        scope: dict[str, object] = {}
+        exec(block.replace("http://127.0.0.1:8000", live.url), scope)  # noqa: S102
+        client = scope["client"]
+        assert isinstance(client, openai.OpenAI)
+        client.close()
+    assert capsys.readouterr().out.strip()
