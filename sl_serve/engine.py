@@ -16,17 +16,17 @@ from dataclasses import replace
 
 import torch
 
+from sl_serve.admission import check_request
 from sl_serve.config import EngineConfig
 from sl_serve.core import FinishReason, Request, StepPlan
 from sl_serve.delivery import Delivery
-from sl_serve.errors import EngineClosedError, EngineDeadError, RequestError
+from sl_serve.errors import EngineClosedError, EngineDeadError, RequestError, SlServeError
 from sl_serve.loader import Parts
 from sl_serve.logits import RowResult
 from sl_serve.sched.packer import pack
 from sl_serve.sched.queue import WaitingQueue
 from sl_serve.sched.residents import TYPICAL_OUTPUT_TOKENS
-from sl_serve.stats import EngineSnapshot, EngineState, StepStats
-from sl_serve.stats_totals import Totals
+from sl_serve.stats import EngineSnapshot, EngineState, StepStats, Totals, step_stats
 from sl_serve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -65,19 +65,27 @@ class Engine:
         Raises RequestError, QueueFullError, EngineClosedError, EngineDeadError.
         """
         for request in requests:
-            self._check(request)
+            check_request(request, self.vocab_size, self.max_model_len)
             if request.sampling.seed is None:
                 request.sampling = replace(request.sampling, seed=secrets.randbits(63))
             request.arrival_s = time.monotonic()
+        deliveries = {
+            r.request_id: Delivery(r, self.tokenizer, self.max_model_len) for r in requests
+        }
         with self._changed:
             self._check_state()
-            taken = [r.request_id for r in requests if r.request_id in self._deliveries]
-            if taken or len({r.request_id for r in requests}) < len(requests):
+            taken = self._deliveries.keys() & deliveries.keys()
+            if taken or len(deliveries) < len(requests):
                 raise RequestError(f"request id {taken or 'given twice'} is in use", "request_id")
-            self._queue.push(requests, self._retry_after_s())
-            for request in requests:
-                delivery = Delivery(request, self.tokenizer, self.max_model_len)
-                self._deliveries[request.request_id] = delivery
+            # The engine thread takes from the queue without this lock: whatever it finds there
+            # must have its delivery.
+            self._deliveries |= deliveries
+            try:
+                self._queue.push(requests, self._retry_after_s())
+            except SlServeError:
+                for request_id in deliveries:
+                    del self._deliveries[request_id]
+                raise
             self._changed.notify_all()
 
     def abort(self, request_id: str) -> None:
@@ -166,36 +174,31 @@ class Engine:
 
     def _admit(self) -> None:
         while (request := self._queue.peek()) is not None:
-            max_tokens = request.sampling.max_tokens
-            output = TYPICAL_OUTPUT_TOKENS if max_tokens is None else max_tokens
-            expected = min(request.n_prompt + output, self.max_model_len)
-            if not self._parts.residents.admit(request, max(expected, request.n_tokens)):
+            if not self._parts.residents.admit(request, self._expected_tokens(request)):
                 return
             self._queue.pop(request)
+
+    def _expected_tokens(self, request: Request) -> int:
+        """The request's probable final length. One that has outgrown the guess doubles it."""
+        max_tokens = request.sampling.max_tokens
+        output = TYPICAL_OUTPUT_TOKENS if max_tokens is None else max_tokens
+        expected = request.n_prompt + output
+        if request.n_tokens > expected:
+            expected = 2 * request.n_tokens
+        return min(expected, self.max_model_len)
 
     def _step(self, plan: StepPlan) -> None:
         sweep, residents = self._parts.sweep, self._parts.residents
         started_s = time.monotonic()
-        before = (sweep.weights.n_bytes_moved, sweep.kv.n_bytes_down, sweep.kv.n_bytes_up)
+        before = sweep.bytes_moved
         hidden = sweep.run(plan, residents.slabs)
         for sub_batch, states in zip(plan.sub_batches, hidden, strict=True):
             for result in self._parts.head.results(sub_batch, states):
                 self._deliver(result)
-        after = (sweep.weights.n_bytes_moved, sweep.kv.n_bytes_down, sweep.kv.n_bytes_up)
-        weight_bytes, down, up = (b - a for a, b in zip(before, after, strict=True))
-        works = [w for s in plan.sub_batches for w in s.rows]
-        stats = StepStats(
-            wall_s=time.monotonic() - started_s,
-            n_sub_batches=len(plan.sub_batches),
-            n_rows=len(works),
-            n_prefill_tokens=sum(w.n_new for w in works if w.start < w.request.n_prompt),
-            n_decode_tokens=sum(w.n_new for w in works if w.start >= w.request.n_prompt),
-            weight_bytes=weight_bytes,
-            kv_down_bytes=down,
-            kv_up_bytes=up,
-            stall_s=sweep.device.stall_s(),
-        )
-        self._totals.add(stats, n_generated=sum(w.samples for w in works))
+        wall_s = time.monotonic() - started_s
+        stats = step_stats(plan, wall_s, before, sweep.bytes_moved, sweep.device.stall_s())
+        n_generated = sum(w.samples for s in plan.sub_batches for w in s.rows)
+        self._totals.add(stats, n_generated)
         for observer in self._observers:
             observer(stats)
 
@@ -234,26 +237,6 @@ class Engine:
         with self._changed:
             self._state, self._reason = EngineState.DEAD, reason
         self._end_all(reason)
-
-    # Checks at submission.
-
-    def _check(self, request: Request) -> None:
-        n_prompt, limit = request.n_prompt, self.max_model_len
-        if n_prompt == 0:
-            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-        lowest, highest = min(request.prompt_ids), max(request.prompt_ids)
-        if lowest < 0 or highest >= self.vocab_size:
-            bad = lowest if lowest < 0 else highest
-            raise RequestError(
-                f"token id {bad} is outside the vocabulary of {self.vocab_size}", "prompt"
-            )
-        needs = n_prompt + (0 if request.sampling.max_tokens == 0 else 1)
-        if needs > limit:
-            raise RequestError(
-                f"the prompt has {n_prompt} tokens, the context {limit}; shorten the prompt",
-                "prompt",
-                "context_length_exceeded",
-            )
 
     def _check_state(self) -> None:
         if self._state is EngineState.DEAD:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from sl_serve.core import StepPlan
 
 
 class EngineState(StrEnum):
@@ -48,3 +51,92 @@ class EngineSnapshot:
     weight_bytes_total: int
     kv_used_bytes: int
     kv_total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BytesMoved:
+    """Running totals of a sweep's traffic."""
+
+    weights: int
+    kv_down: int
+    kv_up: int
+
+
+def step_stats(
+    plan: StepPlan, wall_s: float, before: BytesMoved, after: BytesMoved, stall_s: float
+) -> StepStats:
+    works = [w for s in plan.sub_batches for w in s.rows]
+    prompt_works = [w for w in works if w.start < w.request.n_prompt]
+    n_prefill = sum(w.n_new for w in prompt_works)
+    return StepStats(
+        wall_s=wall_s,
+        n_sub_batches=len(plan.sub_batches),
+        n_rows=len(works),
+        n_prefill_tokens=n_prefill,
+        n_decode_tokens=plan.n_tokens - n_prefill,
+        weight_bytes=after.weights - before.weights,
+        kv_down_bytes=after.kv_down - before.kv_down,
+        kv_up_bytes=after.kv_up - before.kv_up,
+        stall_s=stall_s,
+    )
+
+
+@dataclass(slots=True)
+class Totals:
+    """Written by the engine thread; each number is read whole by others."""
+
+    n_steps: int = 0
+    n_parked: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    step_s: float = 0.0
+    last_step_s: float = 0.0
+    weight_bytes: int = 0
+    progress_at_s: float = field(default_factory=time.monotonic)
+
+    def working(self) -> None:
+        """There is work to do now: time without progress counts from here or the last step."""
+        self.progress_at_s = time.monotonic()
+
+    def add(self, step: StepStats, n_generated: int) -> None:
+        self.n_steps += 1
+        self.prompt_tokens += step.n_prefill_tokens
+        self.generated_tokens += n_generated
+        self.step_s += step.wall_s
+        self.last_step_s = step.wall_s
+        self.weight_bytes += step.weight_bytes
+        self.progress_at_s = time.monotonic()
+
+    def tokens_per_s(self) -> float:
+        """Prompt and output together, while stepping."""
+        return (self.prompt_tokens + self.generated_tokens) / self.step_s if self.step_s else 0.0
+
+    def snapshot(
+        self,
+        *,
+        state: EngineState,
+        reason: str | None,
+        n_running: int,
+        n_waiting: int,
+        waiting_tokens: int,
+        kv_used_bytes: int,
+        kv_total_bytes: int,
+    ) -> EngineSnapshot:
+        idle = n_running == 0 and n_waiting == 0
+        return EngineSnapshot(
+            state=state,
+            reason=reason,
+            n_running=n_running,
+            n_waiting=n_waiting,
+            waiting_tokens=waiting_tokens,
+            n_steps=self.n_steps,
+            n_parked_total=self.n_parked,
+            prompt_tokens_total=self.prompt_tokens,
+            generated_tokens_total=self.generated_tokens,
+            step_s_total=self.step_s,
+            last_step_s=self.last_step_s,
+            since_progress_s=0.0 if idle else time.monotonic() - self.progress_at_s,
+            weight_bytes_total=self.weight_bytes,
+            kv_used_bytes=kv_used_bytes,
+            kv_total_bytes=kv_total_bytes,
+        )

@@ -20,6 +20,7 @@ from sl_serve.kv.pool import Slab
 from sl_serve.models import Family, RopeTable
 from sl_serve.models.rope import inverse_frequencies, rope_table
 from sl_serve.ops import Ops
+from sl_serve.stats import BytesMoved
 from sl_serve.weights.layout import LayerWeights
 from sl_serve.weights.streamer import WeightSource
 
@@ -56,6 +57,10 @@ class Sweep:
             if part == n - 1:
                 self.weights.release()
         return hidden
+
+    @property
+    def bytes_moved(self) -> BytesMoved:
+        return BytesMoved(self.weights.n_bytes_moved, self.kv.n_bytes_down, self.kv.n_bytes_up)
 
     def _compute(self, cell: int, layer: LayerWeights, x: torch.Tensor, rope: RopeTable) -> None:
         region, table = self.kv.open(cell)

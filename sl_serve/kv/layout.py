@@ -22,6 +22,10 @@ from typing import Literal, NamedTuple
 
 KVOrder = Literal["position", "row"]
 
+# Chunks of a slab whose rows have reached their expected length: enough of them that it grows in
+# small parts, few enough that each is a large copy. A pool has at least as many.
+FULL_SLAB_CHUNKS = 4
+
 
 class KVStrides(NamedTuple):
     """Bytes between neighbours along each axis of one layer's region of a chunk."""
@@ -84,10 +88,6 @@ class KVSpec:
         return self.chunk_layer_bytes if n_tokens else 0
 
     def width_for(self, expected_tokens: int, max_width: int) -> int:
-        """Rows per slab for requests of about this length.
-
-        Four chunks at full length: enough of them that a slab grows in small parts, few enough
-        that each is a large copy.
-        """
-        width = max(1, 4 * self.chunk_tokens // max(1, expected_tokens))
+        """Rows per slab for requests of about this length."""
+        width = max(1, FULL_SLAB_CHUNKS * self.chunk_tokens // max(1, expected_tokens))
         return min(1 << (width.bit_length() - 1), max_width)

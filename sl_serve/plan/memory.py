@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sl_serve.config import LOGITS_BLOCK_LINES, EngineConfig, ModelConfig
 from sl_serve.errors import MemoryBudgetError
-from sl_serve.kv.layout import KVOrder, KVSpec
+from sl_serve.kv.layout import FULL_SLAB_CHUNKS, KVOrder, KVSpec
 from sl_serve.plan.budget import gib
 
 # One chunk's layer region: large enough for a link's full rate, small enough to waste little.
@@ -108,7 +108,8 @@ def plan_memory(
     spec = _kv_spec(model, itemsize, order, kv_bytes)
     n_chunks = kv_bytes // spec.chunk_bytes
     max_len = min(wanted_len, n_chunks * spec.chunk_tokens)
-    if max_len < min(MIN_CONTEXT_TOKENS, wanted_len) or (config.max_model_len or 0) > max_len:
+    too_short = max_len < min(MIN_CONTEXT_TOKENS, wanted_len) or n_chunks < FULL_SLAB_CHUNKS
+    if too_short or (config.max_model_len or 0) > max_len:
         raise MemoryBudgetError(
             f"one request of {wanted_len} tokens needs {gib(wanted_len * token_bytes)} of KV "
             f"cache, {gib(kv_bytes)} is set aside for it; raise --kv-memory or lower "

@@ -77,11 +77,11 @@ class Residents:
         """Grow every slab for the next step; park the youngest rows where chunks run short.
 
         Returns the parked requests, whose KV is forgotten (n_cached = 0); they are to be queued
-        again and recompute the same tokens. The oldest row is never parked, so work always ends.
+        again and recompute the same tokens. The oldest row is parked only when it is alone, has
+        grown far past its expected length, and needs a narrower slab, so work always ends.
         """
         parked: list[Request] = []
-        while (shortage := self._shortage()) > self.pool.n_free:
-            assert len(self) > 1, f"one row needs {shortage} more chunks than the pool holds"
+        while self._shortage() > self.pool.n_free:
             youngest = max(self._requests(), key=seniority)
             self.release(youngest)
             youngest.n_cached = 0

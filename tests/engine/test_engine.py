@@ -271,3 +271,18 @@ def assert_idle(running: Engine) -> None:
     assert running.drain(10)
     snapshot = running.snapshot()
     assert (snapshot.n_running, snapshot.n_waiting, snapshot.kv_used_bytes) == (0, 0, 0)
+
+
+def test_a_row_that_outgrows_its_slab_moves_to_a_narrower_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without max_tokens the width is a guess; here one that the whole pool cannot make good."""
+    unlimited = replace(GREEDY, max_tokens=None)
+    with engine(folder, config()) as running:
+        expected = run(running, [PROMPT], unlimited)
+    monkeypatch.setattr("sl_serve.engine.TYPICAL_OUTPUT_TOKENS", 8)
+    small = replace(config(max_rows=8), kv_memory_bytes=800_000)
+    with engine(folder, small) as running:
+        assert running.plan.max_model_len == 256
+        assert run(running, [PROMPT], unlimited) == expected
+        assert running.snapshot().n_parked_total > 0
