@@ -93,6 +93,12 @@ class Core {
     kernels_->rms_norm(floats(x), floats(weight), floats(out), n_lines, width, eps, n_threads_);
   }
 
+  void gemm(uintptr_t a, int64_t a_stride, uintptr_t b, int64_t b_stride, bool b_transposed,
+            uintptr_t c, int64_t c_stride, bool accumulate, int64_t m, int64_t n, int64_t k) const {
+    kernels_->gemm({floats(a), floats(b), floats(c), a_stride, b_stride, c_stride, m, n, k,
+                    b_transposed, accumulate, n_threads_});
+  }
+
  private:
   void set_rows(AttentionArgs& a, uintptr_t rows, int64_t n_rows, uintptr_t chunks,
                 int64_t base) const {
@@ -119,5 +125,6 @@ NB_MODULE(_native, m) {
       .def("attend", &Core::attend, Release())
       .def("rope", &Core::rope, Release())
       .def("silu_mul", &Core::silu_mul, Release())
-      .def("rms_norm", &Core::rms_norm, Release());
+      .def("rms_norm", &Core::rms_norm, Release())
+      .def("gemm", &Core::gemm, Release());
 }

@@ -32,6 +32,17 @@ struct AttentionArgs {
   int n_threads;
 };
 
+// c (m, n) = a (m, k) b, or c += a b. b is (k, n), or (n, k) where b_transposed. Strides in floats.
+struct GemmArgs {
+  const float* a;
+  const float* b;
+  float* c;
+  int64_t a_stride, b_stride, c_stride;
+  int64_t m, n, k;
+  bool b_transposed, accumulate;
+  int n_threads;
+};
+
 struct Kernels {
   const char* name;
   // Writes the new k and v of every row into its slab.
@@ -48,6 +59,7 @@ struct Kernels {
   // out = x / sqrt(mean(x^2) + eps) * weight, per line (arXiv 1910.07467)
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n_lines, int64_t width,
                    float eps, int n_threads);
+  void (*gemm)(const GemmArgs&);
 };
 
 extern const Kernels kernels_portable;

@@ -4,5 +4,5 @@
 
 namespace sl {
 extern const Kernels kernels_portable = {"portable",     portable::append,   portable::attend,
-                                     portable::rope, portable::silu_mul, portable::rms_norm};
+                                     portable::rope, portable::silu_mul, portable::rms_norm, portable::gemm};
 }

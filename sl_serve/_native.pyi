@@ -45,6 +45,21 @@ class Core:
         /,
     ) -> None: ...
     def silu_mul(self, gate_up: int, out: int, n_lines: int, width: int, /) -> None: ...
+    def gemm(
+        self,
+        a: int,
+        a_stride: int,
+        b: int,
+        b_stride: int,
+        b_transposed: bool,
+        c: int,
+        c_stride: int,
+        accumulate: bool,
+        m: int,
+        n: int,
+        k: int,
+        /,
+    ) -> None: ...
     def rms_norm(
         self, x: int, weight: int, out: int, n_lines: int, width: int, eps: float, /
     ) -> None: ...

@@ -113,7 +113,7 @@ def _head(family: Family, sweep: Sweep, eos_token_ids: tuple[int, ...]) -> Head:
     def head_input(x: torch.Tensor) -> torch.Tensor:
         return family.head_input(sweep.config, sweep.ops, sweep.static, x)
 
-    return Head(sweep.static["head"], head_input, eos_token_ids)
+    return Head(sweep.ops, sweep.static["head"], head_input, eos_token_ids)
 
 
 def _torch_dtype(config: EngineConfig) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch
 
 from sl_serve.config import LOGITS_BLOCK_LINES as BLOCK_LINES
 from sl_serve.core import RowWork, SubBatchPlan, TokenLogprob
+from sl_serve.ops import Ops
 from sl_serve.sampling import SampledToken, prompt_logprobs, sample
 
 HeadInput = Callable[[torch.Tensor], torch.Tensor]
@@ -30,9 +31,14 @@ class Head:
     """`weight`: (vocabulary, hidden); `head_input`: what comes before it, the final norm."""
 
     def __init__(
-        self, weight: torch.Tensor, head_input: HeadInput, eos_token_ids: Sequence[int]
+        self,
+        ops: Ops,
+        weight: torch.Tensor,
+        head_input: HeadInput,
+        eos_token_ids: Sequence[int],
     ) -> None:
-        self._weight_t = weight.t()
+        self._ops = ops
+        self._weight = weight
         self._head_input = head_input
         self._eos_token_ids = eos_token_ids
         self._buffer = torch.empty(BLOCK_LINES, weight.shape[0], dtype=weight.dtype)
@@ -73,7 +79,7 @@ class Head:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, vocabulary) float32, n <= BLOCK_LINES; valid until the next call."""
         out = self._buffer[: len(hidden)]
-        torch.mm(self._head_input(hidden), self._weight_t, out=out)
+        self._ops.logits(self._head_input(hidden), self._weight, out)
         return out.float()
 
 

@@ -120,12 +120,14 @@ def test_the_offline_block() -> None:
     assert len(answer.stdout.split()) > 5
 
 
-def test_the_openai_block(tiny: tuple[Path, LlamaForCausalLM], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_openai_block(
+    tiny: tuple[Path, LlamaForCausalLM], capsys: pytest.CaptureFixture[str]
+) -> None:
     (block,) = [b for b in blocks("python") if "openai" in b]
     names = ServerSettings(served_model_names=("smollm2",))
     with engine(tiny[0], config(max_rows=4)) as running, LiveServer(running, names) as live:
         scope: dict[str, object] = {}
-        exec(block.replace("http://127.0.0.1:8000", live.url), scope)  # noqa: S102
+        exec(block.replace("http://127.0.0.1:8000", live.url), scope)
         client = scope["client"]
         assert isinstance(client, openai.OpenAI)
         client.close()

@@ -56,10 +56,10 @@ def block(
     attend: Attend,
 ) -> None:
     h = ops.rms_norm(x, w["input_norm"], config.norm_eps)
-    add_linear(x, attention(config, ops, w, h, rope, attend), "o", w)
+    add_linear(ops, "o", x, attention(config, ops, w, h, rope, attend), w)
     h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
     h = ops.silu_mul(linear(ops, "gate_up", h, w))
-    add_linear(x, h, "down", w)
+    add_linear(ops, "down", x, h, w)
 
 
 def attention(
@@ -81,20 +81,11 @@ def head_input(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) 
 
 
 def linear(ops: Ops, name: str, x: torch.Tensor, w: LayerWeights) -> torch.Tensor:
-    """x @ w[name] + bias, where there is one; in the scratch buffer of that name."""
-    out = ops.scratch(name, len(x), w[name].shape[1])
-    bias = w.get(f"{name}_bias")
-    if bias is None:
-        return torch.mm(x, w[name], out=out)
-    return torch.addmm(bias, x, w[name], out=out)
+    return ops.linear(name, x, w[name], w.get(f"{name}_bias"))
 
 
-def add_linear(x: torch.Tensor, h: torch.Tensor, name: str, w: LayerWeights) -> None:
-    """x += h @ w[name] + bias"""
-    x.addmm_(h, w[name])
-    bias = w.get(f"{name}_bias")
-    if bias is not None:
-        x += bias
+def add_linear(ops: Ops, name: str, x: torch.Tensor, h: torch.Tensor, w: LayerWeights) -> None:
+    ops.add_linear_(x, h, w[name], w.get(f"{name}_bias"))
 
 
 def _matrix(name: str, n_in: int, outputs: dict[str, int]) -> Param:

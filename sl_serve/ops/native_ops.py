@@ -9,10 +9,10 @@ import torch
 
 from sl_serve.kv.rows import FIELDS, RowTable
 from sl_serve.ops.protocol import KVRegion
-from sl_serve.ops.scratch import Scratch
+from sl_serve.ops.torch_ops import TorchOps
 
 
-class NativeOps:
+class NativeOps(TorchOps):
     """Raises ImportError where the core is not built, ValueError for an unknown target."""
 
     def __init__(self, n_threads: int, target: str | None = None) -> None:
@@ -21,8 +21,62 @@ class NativeOps:
         assert len(FIELDS) == ROW_FIELDS, "rows.py and kernels.hpp disagree"
         target = target or targets()[0]
         self.name = f"native ({target})"
-        self.scratch = Scratch(torch.float32)
+        super().__init__(torch.float32)
         self._core = Core(target, n_threads)
+
+    def linear(
+        self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if len(x) == 1:
+            return super().linear(name, x, w, bias)
+        out = self._scratch(name, len(x), w.shape[1])
+        self._gemm(x, w, out, transposed=False, accumulate=False)
+        return out if bias is None else out.add_(bias)
+
+    def add_linear_(
+        self, x: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        if len(x) == 1:
+            super().add_linear_(x, h, w, bias)
+            return
+        self._gemm(h, w, x, transposed=False, accumulate=True)
+        if bias is not None:
+            x += bias
+
+    def logits(self, x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+        if len(x) == 1:
+            super().logits(x, head, out)
+        else:
+            self._gemm(x, head, out, transposed=True, accumulate=False)
+
+    def _gemm(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        *,
+        transposed: bool,
+        accumulate: bool,
+    ) -> None:
+        """c = a b, or c += a b; b is (out, in) where `transposed`. Packing b pays from two rows."""
+        m, k = a.shape
+        n = b.shape[0 if transposed else 1]
+        assert b.shape == ((n, k) if transposed else (k, n)) and c.shape == (m, n)
+        for tensor in (a, b, c):
+            _check_lines(tensor)
+        self._core.gemm(
+            a.data_ptr(),
+            a.stride(0),
+            b.data_ptr(),
+            b.stride(0),
+            transposed,
+            c.data_ptr(),
+            c.stride(0),
+            accumulate,
+            m,
+            n,
+            k,
+        )
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
         _check_heads(k, table)
@@ -37,7 +91,7 @@ class NativeOps:
         _check_heads(q, table)
         n_tokens, n_heads, head_dim = q.shape
         assert n_heads % n_kv_heads == 0 and head_dim <= 512
-        out = self.scratch("attention", n_tokens, n_heads * head_dim)
+        out = self._scratch("attention", n_tokens, n_heads * head_dim)
         self._core.attend(
             q.data_ptr(),
             q.stride(0),
@@ -64,7 +118,7 @@ class NativeOps:
         assert x.is_contiguous() and weight.shape == x.shape[-1:]
         _check_lines(x)
         n_lines, width = x.shape
-        out = self.scratch("norm", n_lines, width)
+        out = self._scratch("norm", n_lines, width)
         self._core.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), n_lines, width, eps)
         return out
 
@@ -72,7 +126,7 @@ class NativeOps:
         assert gate_up.is_contiguous()
         _check_lines(gate_up)
         n_lines, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = self.scratch("silu", n_lines, width)
+        out = self._scratch("silu", n_lines, width)
         self._core.silu_mul(gate_up.data_ptr(), out.data_ptr(), n_lines, width)
         return out
 

@@ -1,4 +1,8 @@
-"""The operations of a decoder layer that are not matmuls. Each has a pure-torch twin."""
+"""The operations a model is made of. Each has a pure-torch twin.
+
+Results lie in scratch buffers: one is overwritten by the next call of the same operation (of the
+same name, for `linear`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from typing import NamedTuple, Protocol
 import torch
 
 from sl_serve.kv.rows import RowTable
-from sl_serve.ops.scratch import Scratch
 
 
 class KVRegion(NamedTuple):
@@ -21,7 +24,19 @@ class Ops(Protocol):
     """Shapes: T tokens of a sub-batch, Hq query heads, Hk KV heads, D head size."""
 
     name: str
-    scratch: Scratch  # for results; those of the operations below use it too
+
+    def linear(
+        self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x (T, in) @ w (in, out) + bias (out), in the scratch buffer `name`."""
+
+    def add_linear_(
+        self, x: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """x (T, out) += h (T, in) @ w (in, out) + bias (out)."""
+
+    def logits(self, x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+        """out (n, vocabulary) = x (n, hidden) @ head (vocabulary, hidden) transposed."""
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k, v (T, Hk, D) of the new tokens into their rows."""

@@ -15,7 +15,23 @@ class TorchOps:
     name = "torch"
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self.scratch = Scratch(dtype)
+        self._scratch = Scratch(dtype)
+
+    def linear(
+        self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        out = self._scratch(name, len(x), w.shape[1])
+        return torch.mm(x, w, out=out) if bias is None else torch.addmm(bias, x, w, out=out)
+
+    def add_linear_(
+        self, x: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        x.addmm_(h, w)
+        if bias is not None:
+            x += bias
+
+    def logits(self, x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(x, head.t(), out=out)
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
         n_kv_heads = k.shape[1]

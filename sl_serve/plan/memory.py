@@ -14,7 +14,7 @@ CHUNK_LAYER_BYTES = 4 << 20
 MIN_CHUNK_TOKENS = 16
 MIN_CHUNKS = 8
 MIN_CONTEXT_TOKENS = 64
-DEFAULT_PREFILL_TOKENS = 512
+DEFAULT_PREFILL_TOKENS = 1024
 # Left to the rest of the machine and to what is not counted one by one (interpreter, libraries).
 MARGIN_SHARE = 0.08
 # Of what is left after the weights, what KV takes unless told otherwise.

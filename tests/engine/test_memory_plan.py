@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from sl_serve.config import EngineConfig, ModelConfig, SchedulerConfig
 from sl_serve.errors import MemoryBudgetError, UserError
 from sl_serve.plan.budget import available_bytes, gib, parse_size
-from sl_serve.plan.memory import MARGIN_SHARE, MemoryPlan, WeightSizes, plan_memory
+from sl_serve.plan.memory import (
+    DEFAULT_PREFILL_TOKENS,
+    MARGIN_SHARE,
+    MemoryPlan,
+    WeightSizes,
+    plan_memory,
+)
 
 FEW = settings(derandomize=True, max_examples=150, deadline=None)
 MIB, GIB = 1 << 20, 1 << 30
@@ -123,7 +129,7 @@ def test_the_parts_of_a_plan() -> None:
     assert found.kv.token_bytes == TOKEN_BYTES
     assert found.kv_bytes == found.n_chunks * found.kv.chunk_tokens * TOKEN_BYTES
     assert found.total_bytes == 105 * MIB + found.kv_bytes + found.workspace_bytes
-    assert found.max_step_tokens == 256 + 512
+    assert found.max_step_tokens == 256 + DEFAULT_PREFILL_TOKENS
 
 
 def test_workspace_grows_with_the_tokens_of_a_step() -> None:
