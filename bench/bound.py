@@ -141,7 +141,7 @@ def _native(weight: torch.Tensor, out: torch.Tensor) -> _Multiply:
     return lambda x: ops.logits(x, weight, out)
 
 
-def _native_in_out(weight: torch.Tensor, out: torch.Tensor) -> _Multiply:
+def _native_in_out(weight: torch.Tensor, _out: torch.Tensor) -> _Multiply:
     ops = choose_ops("float32", torch.get_num_threads())
     transposed = weight.t().contiguous()
     return lambda x: ops.linear("bound", x, transposed, None)

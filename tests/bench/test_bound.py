@@ -49,7 +49,7 @@ def test_the_better_of_two_measurements_counts() -> None:
 
 
 def test_a_rate_is_the_best_of_all_ways_and_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([4.0, 8.0, 2.0, 1.6] + [100.0] * 4)
+    seconds = iter([4.0, 8.0, 2.0, 1.6] + [100.0] * 6)
     monkeypatch.setattr(bound, "_median_sweep_s", lambda sweep, x, repeats: next(seconds))
     rates = measure_rates([Matrix("m", 3, 5, 2)], row_counts=(10, 20))
     # flops: 2*10*3*5*2 = 600 at 10 rows and 1200 at 20; rates 150, 150, 300, 750
@@ -60,7 +60,7 @@ def test_all_ways_multiply_alike() -> None:
     import torch
 
     weight, x = torch.randn(5, 3), torch.randn(4, 3)
-    for layout in bound._LAYOUTS:
+    for layout in [*bound._LAYOUTS, *bound._FLOAT32_LAYOUTS]:
         result = layout(weight, torch.empty(4, 5))(x)
         torch.testing.assert_close(result, x @ weight.T)
 

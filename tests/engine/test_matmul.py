@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -18,8 +16,8 @@ SHAPES = [(1, 40, 64), (2, 8, 8), (5, 33, 40), (13, 700, 96), (64, 576, 100), (2
 
 
 @pytest.fixture(params=OPS)
-def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
-    yield TorchOps() if request.param == "torch" else NativeOps(2, request.param)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return TorchOps() if request.param == "torch" else NativeOps(2, request.param)
 
 
 def random(*shape: int) -> torch.Tensor:
