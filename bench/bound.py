@@ -138,7 +138,12 @@ def _out_in(weight: torch.Tensor, out: torch.Tensor) -> _Multiply:
 def _native(weight: torch.Tensor, out: torch.Tensor) -> _Multiply:
     """Our own kernel, so that the bound never lies below what it can do."""
     ops = choose_ops("float32", torch.get_num_threads())
-    return lambda x: ops.logits(x, weight, out)
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        ops.logits(x, weight, out)
+        return out
+
+    return multiply
 
 
 def _native_in_out(weight: torch.Tensor, _out: torch.Tensor) -> _Multiply:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import openai
 import pytest
@@ -17,6 +18,7 @@ from transformers import LlamaForCausalLM
 
 from server.settings import ServerSettings
 from tests.engine.running import config, engine
+from tests.models import write_tiny_llama
 from tests.server.conftest import LiveServer
 from tests.test_cli import wait_for_url
 
@@ -79,9 +81,18 @@ def serves(command: str) -> None:
 
 
 def chats(command: str) -> None:
-    """Says goodbye at once; the server of the README's URL need not be there for that."""
-    answer = run(command, input="/exit\n")
-    assert answer.returncode == 0
+    """With a model that the server has, one question and goodbye."""
+    names = ServerSettings(served_model_names=("tiny",))
+    with TemporaryDirectory() as folder:
+        write_tiny_llama(Path(folder))
+        with (
+            engine(Path(folder), config(max_rows=4)) as running,
+            LiveServer(running, names) as live,
+        ):
+            there = command.replace("http://127.0.0.1:8000", live.url)
+            assert there != command
+            run(there, input="Hello\n/exit\n")
+            assert running.snapshot().generated_tokens_total > 0
 
 
 def benchmarks(command: str) -> None:

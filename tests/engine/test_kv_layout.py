@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,6 +47,24 @@ def test_strides_give_each_byte_of_the_layer_region_to_one_element(
     spec, width = case
     found = byte_addresses(spec, width, range(spec.positions(width)))
     assert sorted(found) == list(range(spec.chunk_layer_bytes))
+
+
+AXES = {
+    "position": ("position", "kv", "row", "head", "byte"),
+    "row": ("row", "kv", "head", "position", "byte"),
+}
+
+
+@FEW
+@given(reshaped())
+def test_axes_nest_in_the_order_of_the_name(case: tuple[KVSpec, int]) -> None:
+    spec, width = case
+    sizes = {"position": spec.positions(width), "kv": 2, "row": width, "head": spec.n_kv_heads}
+    sizes["byte"] = spec.head_dim * spec.itemsize
+    strides = {**spec.strides(width)._asdict(), "byte": 1}
+    axes = AXES[spec.order]
+    nested = np.empty([sizes[axis] for axis in axes], dtype=np.uint8)
+    assert tuple(strides[axis] for axis in axes) == nested.strides
 
 
 @FEW

@@ -154,6 +154,13 @@ def test_the_same_residents_give_the_same_plan(case: Case) -> None:
     assert summary(again) == summary(plan) == summary(packed(case)[1])
 
 
+def test_the_heaviest_slab_is_placed_first() -> None:
+    wide = [Row(8, 0, -1, 8, priority=1)] * 4  # one slab of four rows, the youngest
+    narrow = [Row(60, 0, -1, 60, priority=0)] * 4  # four slabs of one
+    _, plan = packed(Case(narrow + wide, 0, 2))
+    assert [s.n_tokens for s in plan.sub_batches] == [4, 4]
+
+
 def test_nobody_to_run_gives_an_empty_plan() -> None:
     _, plan = packed(Case([], 100, 3))
     assert plan == StepPlan(())

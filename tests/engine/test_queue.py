@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -29,6 +30,15 @@ def names_in_order(queue: WaitingQueue) -> list[str]:
         queue.pop(request)
         names.append(request.request_id)
     return names
+
+
+class SlowRequest(Request):
+    """Lets other threads run whenever its tokens are counted."""
+
+    @property
+    def n_prompt(self) -> int:
+        time.sleep(1e-5)
+        return len(self.prompt_ids)
 
 
 @pytest.fixture
@@ -155,7 +165,8 @@ def test_a_burst_from_many_threads_fills_the_queue_to_its_limit_and_no_further(
     def burst(thread: int) -> None:
         start.wait()
         for i in range(25):
-            request = ask(f"{thread}-{i}", n_prompt=2)
+            params = SamplingParams(max_tokens=0)
+            request = SlowRequest(f"{thread}-{i}", [0, 0], params, on_output=lambda _: None)
             try:
                 queue.push([request], retry_after_s=1)
             except QueueFullError:

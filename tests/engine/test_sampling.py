@@ -156,9 +156,11 @@ ADJUSTED = st.builds(
 
 
 @settings(FEW, max_examples=150)
-@given(ADJUSTED, st.integers(0, 1000))
-def test_bias_and_penalties_are_openais_and_ctrls(request_: Request, seed: int) -> None:
-    logits = random_logits(1, 8, seed=seed, scale=1.5)
+@given(ADJUSTED, st.integers(0, 1000), st.sampled_from([-4.0, 0.0]))
+def test_bias_and_penalties_are_openais_and_ctrls(
+    request_: Request, seed: int, offset: float
+) -> None:
+    logits = random_logits(1, 8, seed=seed, scale=1.5) + offset
     expected = restated(logits[0].numpy().astype(np.float64), request_)
     first, second = np.sort(expected)[::-1][:2]
     if first - second > 1e-4:  # else float32 may decide otherwise

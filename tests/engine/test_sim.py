@@ -159,7 +159,7 @@ def test_a_wait_for_an_earlier_reader_does_not_do() -> None:
     slot = device.empty(8)
     device.computed(100, (slot,))
     too_early = device.record(Stream.COMPUTE)
-    device.computed(100, (slot,))
+    device.computed(1, (slot,))
     device.wait(Stream.LOAD, too_early)
     with pytest.raises(SlotReuseError):
         device.copy(Stream.LOAD, slot, torch.zeros_like(slot))
