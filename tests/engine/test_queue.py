@@ -9,7 +9,7 @@ import pytest
 
 from sl_serve.config import QueueConfig
 from sl_serve.core import Request, SamplingParams
-from sl_serve.errors import QueueFullError
+from sl_serve.errors import QueueFullError, RequestError
 from sl_serve.sched.queue import WaitingQueue
 
 
@@ -141,6 +141,24 @@ def test_past_a_limit_the_refusal_has_the_numbers(
     assert refusal.value.retry_after_s == 7
     for part in [*numbers, "2 more with 6 tokens"]:
         assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "numbers"),
+    [
+        ({"max_requests": 2}, ["3 choices", "2 requests"]),
+        ({"max_tokens": 11}, ["12 tokens", "11 tokens"]),
+    ],
+)
+def test_what_an_empty_queue_could_not_hold_is_the_requests_own_mistake(
+    limits: dict[str, int], numbers: list[str]
+) -> None:
+    queue = WaitingQueue(QueueConfig(**limits))
+    with pytest.raises(RequestError) as refusal:
+        queue.push([ask("a", 3), ask("b", 3), ask("c", 3, max_tokens=3)], retry_after_s=1)
+    for part in numbers:
+        assert part in str(refusal.value)
+    assert (len(queue), queue.n_tokens) == (0, 0)
 
 
 def test_a_refused_push_adds_none_of_its_requests() -> None:
