@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.cases import Case
+from bench.cases import WARM_UP_TOKENS, Case
 from bench.measurement import Measurement, check_outputs, peak_rss_bytes
 from sl_serve.core import SamplingParams
 from sl_serve.llm import LLM
@@ -14,12 +14,12 @@ from sl_serve.stats import EngineSnapshot
 
 
 def measure(case: Case, model: Path) -> Measurement:
-    """Runs the case once, after a small warm-up."""
+    """Runs the case once, after a few tokens of as many requests."""
     start = time.perf_counter()
     llm = LLM(str(model), case.engine)
     load_s = time.perf_counter() - start
     try:
-        llm.generate(case.warm_up_prompts(), _greedy(4))
+        llm.generate(case.warm_up_prompts(), _greedy(WARM_UP_TOKENS))
         before = llm.engine.snapshot()
         start = time.perf_counter()
         generations = llm.generate(case.prompts(), _greedy(case.output_tokens))

@@ -14,6 +14,7 @@ from server.engine_port import EnginePort
 from server.schemas import GenerationBody
 from server.settings import ServerSettings
 from sl_serve import __version__
+from sl_serve.admission import check_sampling, check_vocabulary
 from sl_serve.core import SamplingParams
 from sl_serve.errors import RequestError
 
@@ -87,21 +88,12 @@ def _at_most(param: str, value: int, limit: int, unit: str = "") -> None:
         raise RequestError(f"'{param}' {has} {value}{unit}; the limit is {limit}{unit}.", param)
 
 
-def check_vocabulary(ids: list[int], vocab_size: int, param: str) -> list[int]:
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise RequestError(
-            f"'{param}' has the token id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}.",
-            param,
-        )
-    return ids
-
-
 def encode(engine: EnginePort, prompt: str | list[int], add_special_tokens: bool) -> Prompt:
     if not prompt:
         raise RequestError("'prompt' is empty; give at least one token.", "prompt")
     if isinstance(prompt, list):
-        return Prompt(check_vocabulary(prompt, engine.vocab_size, "prompt"))
+        check_vocabulary(prompt, engine.vocab_size, "prompt")
+        return Prompt(prompt)
     return Prompt(engine.tokenizer.encode(prompt, add_special_tokens), prompt)
 
 
@@ -109,7 +101,7 @@ def sampling_params(
     body: GenerationBody, vocab_size: int, *, logprobs: int | None, echo: bool = False
 ) -> SamplingParams:
     """All but max_tokens, which depends on the prompt."""
-    return SamplingParams(
+    sampling = SamplingParams(
         min_tokens=body.min_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
@@ -118,24 +110,24 @@ def sampling_params(
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=body.repetition_penalty,
-        logit_bias=_logit_bias(body.logit_bias, vocab_size),
+        logit_bias=_logit_bias(body.logit_bias),
         seed=body.seed,
         stop=tuple(body.stop),
-        stop_token_ids=tuple(check_vocabulary(body.stop_token_ids, vocab_size, "stop_token_ids")),
+        stop_token_ids=tuple(body.stop_token_ids),
         include_stop_str_in_output=body.include_stop_str_in_output,
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
         prompt_logprobs=logprobs if echo else None,
     )
+    check_sampling(sampling, vocab_size)
+    return sampling
 
 
-def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
+def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
     for key in bias:
-        if not (key.isascii() and key.isdecimal() and len(key) < 19 and int(key) < vocab_size):
+        if not (key.isascii() and key.isdecimal() and len(key) < 19):
             raise RequestError(
-                f"'logit_bias' has the key {key[:40]!r}; keys are token ids from 0 "
-                f"to {vocab_size - 1}.",
-                "logit_bias",
+                f"'logit_bias' has the key {key[:40]!r}; keys are token ids.", "logit_bias"
             )
     return {int(key): float(value) for key, value in bias.items()}
 

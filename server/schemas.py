@@ -6,6 +6,7 @@ are accepted. Limits that depend on the model or on settings are in `params`.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -22,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from sl_serve.admission import INTEGERS, LOGIT_BIAS, RANGES, Range
 from sl_serve.errors import RequestError
 
 MAX_LOGIT_BIAS = 1024
@@ -92,6 +94,7 @@ Prompts = Annotated[
     list[str | list[int]], PlainValidator(read_prompts), WithJsonSchema(PROMPT_SCHEMA)
 ]
 Content = Annotated[str, PlainValidator(read_content), WithJsonSchema(CONTENT_SCHEMA)]
+Bias = Annotated[float, Field(ge=LOGIT_BIAS.lowest, le=LOGIT_BIAS.highest)]
 Stop = Annotated[list[NonEmpty], FailFast(), BeforeValidator(_as_list), WithJsonSchema(STOP_SCHEMA)]
 
 
@@ -111,24 +114,28 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+def within(limits: Range, default: float | None) -> Any:
+    """A field with the limits that every front has."""
+    highest = None if limits.highest == math.inf else limits.highest
+    return Field(default, ge=limits.lowest, le=highest)
+
+
 class GenerationBody(Body):
     """What completions and chat completions share; the names are OpenAI's and vLLM's."""
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=0)
-    min_tokens: int = Field(0, ge=0)
+    max_tokens: int | None = within(INTEGERS["max_tokens"], None)
+    min_tokens: int = within(INTEGERS["min_tokens"], 0)
     n: int = Field(1, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
-        default_factory=dict, max_length=MAX_LOGIT_BIAS
-    )
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    temperature: float = within(RANGES["temperature"], 1.0)
+    top_p: float = within(RANGES["top_p"], 1.0)
+    top_k: int = Field(0, ge=-1)  # -1, as 0: off
+    min_p: float = within(RANGES["min_p"], 0.0)
+    presence_penalty: float = within(RANGES["presence_penalty"], 0.0)
+    frequency_penalty: float = within(RANGES["frequency_penalty"], 0.0)
+    repetition_penalty: float = within(RANGES["repetition_penalty"], 1.0)
+    logit_bias: dict[str, Bias] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)
+    seed: int | None = within(INTEGERS["seed"], None)
     stop: Stop = Field(default_factory=list)
     stop_token_ids: TokenIds = Field(default_factory=list)
     include_stop_str_in_output: bool = False

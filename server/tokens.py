@@ -11,8 +11,8 @@ from starlette.responses import Response
 from server.context import ServerContext
 from server.errors import JsonResponse
 from server.openapi import takes
-from server.params import check_vocabulary
 from server.schemas import DetokenizeBody, TokenizeBody
+from sl_serve.admission import check_vocabulary
 from sl_serve.errors import RequestError
 
 
@@ -69,5 +69,5 @@ def _tokenize(context: ServerContext, raw: bytes) -> dict[str, Any]:
 def _detokenize(context: ServerContext, raw: bytes) -> dict[str, Any]:
     body = context.parse(DetokenizeBody, raw)
     context.model_name(body.model)
-    ids = check_vocabulary(body.tokens, context.engine.vocab_size, "tokens")
-    return {"prompt": context.engine.tokenizer.decode(ids, skip_special_tokens=False)}
+    check_vocabulary(body.tokens, context.engine.vocab_size, "tokens")
+    return {"prompt": context.engine.tokenizer.decode(body.tokens, skip_special_tokens=False)}

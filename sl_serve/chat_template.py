@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -17,6 +19,7 @@ from sl_serve.errors import RequestError
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_RENDERED_CHARS = 64 << 20
+MAX_RENDER_S = 10.0  # a long chat takes milliseconds
 
 
 class ChatTemplate:
@@ -37,6 +40,7 @@ class ChatTemplate:
         pieces: list[str] = []
         n_chars = 0
         try:
+            self._environment.start()
             for piece in self._compiled.generate(
                 messages=messages,
                 tools=tools,
@@ -59,13 +63,59 @@ class ChatTemplate:
     def _compiled(self) -> Template:
         if len(self.source) > MAX_TEMPLATE_CHARS:
             raise TemplateError(f"the template has more than {MAX_TEMPLATE_CHARS} characters")
-        environment = ImmutableSandboxedEnvironment(
+        source = self._environment.parse(self.source)
+        return self._environment.from_string(_with_time_checks(source))
+
+    @cached_property
+    def _environment(self) -> _TimedEnvironment:
+        environment = _TimedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        return environment.from_string(self.source)
+        return environment
+
+
+class _TimedEnvironment(ImmutableSandboxedEnvironment):
+    """Ends a rendering that takes too long, in its loops, macros, filters and tests. One step
+    that is itself endless, such as multiplying huge numbers, is not interrupted."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._rendering = threading.local()
+
+    def start(self) -> None:
+        """Time counts from here, for this thread."""
+        self._rendering.deadline_s = time.monotonic() + MAX_RENDER_S
+
+    def in_time(self) -> bool:
+        if time.monotonic() > self._rendering.deadline_s:
+            raise TemplateError(f"it takes more than {MAX_RENDER_S} s")
+        return True
+
+    def call_filter(self, *args: Any, **options: Any) -> Any:
+        self.in_time()
+        return super().call_filter(*args, **options)
+
+    def call_test(self, *args: Any, **options: Any) -> Any:
+        self.in_time()
+        return super().call_test(*args, **options)
+
+
+def _with_time_checks(template: nodes.Template) -> nodes.Template:
+    """Where code can run again: loops, their conditions, macros and blocks. No name that a
+    template could redefine is involved."""
+    for node in template.find_all(nodes.Stmt):
+        if isinstance(node, nodes.For | nodes.Macro | nodes.Block):
+            node.body.insert(0, nodes.ExprStmt(_in_time()))
+        if isinstance(node, nodes.For) and node.test is not None:
+            node.test = nodes.And(_in_time(), node.test)
+    return template
+
+
+def _in_time() -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute("in_time"), [], [], None, None)
 
 
 class _GenerationBlock(Extension):

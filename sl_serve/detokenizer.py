@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sl_serve.errors import RequestError
 from sl_serve.token_bytes import TokenBytes
 
 
@@ -88,8 +87,7 @@ class StopFinder:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        if not all(strings):
-            raise RequestError("a stop string must not be empty", param="stop")
+        assert all(strings), "admission refuses empty ones"
         self._children: list[dict[str, int]] = [{}]
         self._depth = [0]
         self._found: list[str | None] = [None]  # longest string that ends in this state

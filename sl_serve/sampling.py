@@ -17,6 +17,8 @@ from sl_serve.errors import SlServeError
 
 # A nucleus is nearly always among this many tokens; only when it is not, the whole row is sorted.
 NUCLEUS_GUESS = 256
+# Below it a float32 logit divided by it may leave the range of float64; greedy is the limit.
+MIN_TEMPERATURE = 1e-200
 
 
 class NonFiniteLogitsError(SlServeError):
@@ -45,7 +47,7 @@ def sample(
         _adjust(row, request, eos_token_ids)
     greedy = logits.argmax(dim=-1).tolist()
     ids = [
-        greedy[i] if r.sampling.temperature == 0 else _draw(logits[i], r)
+        greedy[i] if r.sampling.temperature < MIN_TEMPERATURE else _draw(logits[i], r)
         for i, r in enumerate(requests)
     ]
     return [
@@ -88,7 +90,8 @@ def _adjust(logits: torch.Tensor, request: Request, eos_token_ids: Sequence[int]
         logits[torch.from_numpy(ids)] -= torch.from_numpy(penalty).float()
     if len(request.output_ids) < params.min_tokens:
         banned = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        logits[list(banned)] = -torch.inf
+        # Not infinity: where every token is banned, one of them is drawn all the same.
+        logits[list(banned)] = torch.finfo(logits.dtype).min
 
 
 def _penalise_repetition(logits: torch.Tensor, request: Request, penalty: float) -> None:
@@ -114,12 +117,9 @@ def _truncate(probs: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor
     top_p keeps the smallest set that reaches its mass (arXiv 1904.09751), measured after top_k;
     min_p keeps what has at least that share of the best token's probability (arXiv 2407.01082).
     """
-    n = params.top_k or len(probs)
-    guess = min(n, NUCLEUS_GUESS, len(probs))
-    best, ids = probs.topk(guess)
-    if guess < n and not _closed(best, params):
+    best, ids = probs.topk(min(params.top_k or NUCLEUS_GUESS, len(probs)))
+    if not params.top_k and len(best) < len(probs) and not _closed(best, params):
         best, ids = probs.sort(descending=True)
-    best, ids = best[:n], ids[:n]
     before = best.cumsum(0) - best
     total = best.sum() if params.top_k else 1.0
     keep = (before < params.top_p * total) & (best >= params.min_p * best[0])
@@ -135,13 +135,11 @@ def _closed(best: torch.Tensor, params: SamplingParams) -> bool:
 
 def _inverse_cdf(probs: torch.Tensor, uniform: float) -> int:
     cumulative = probs.cumsum(0)
-    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-    if index >= len(probs):  # uniform * total rounded up to the total itself
-        return int(probs.nonzero()[-1])
-    return index
+    # uniform <= 1 - 2**-53, so the product stays below the total, whatever is rounded.
+    return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
 
 
 def _uniform(seed: int, token_number: int) -> float:
     """In [0, 1), a function of both numbers alone (Philox, Salmon et al., SC 2011)."""
-    key = np.array([seed & (2**64 - 1), token_number], dtype=np.uint64)
+    key = np.array([int(seed) & (2**64 - 1), token_number], dtype=np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key)).random())

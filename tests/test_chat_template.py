@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from sl_serve import chat_template
@@ -44,6 +46,41 @@ def test_output_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(render("{% for i in range(100) %}0123456789{% endfor %}")) == 1000
     with pytest.raises(RequestError, match="more than 1000 characters"):
         render("{% for i in range(101) %}0123456789{% endfor %}")
+
+
+LONG = "range(99999)"
+ENDLESS = [
+    f"{{% for a in {LONG} %}}{{% for b in {LONG} %}}{{% endfor %}}{{% endfor %}}",
+    f"{{% for a in {LONG} %}}{{% for b in {LONG} if false %}}{{% endfor %}}{{% endfor %}}",
+    f"{{% for a in {LONG} if {LONG}|list|string == '' %}}{{% endfor %}}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "{% set ns = namespace(d=0) %}{% block a %}{% set ns.d = ns.d + 1 %}{% if ns.d < 99 %}"
+    "{{ self.a() }}{{ self.a() }}{% endif %}{% set ns.d = ns.d - 1 %}{% endblock %}",
+    "{% for m in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 99 }}{% endfor %}",
+    f"{{% for a in {LONG} %}}{{% set in_time = 1 %}}{{{{ {LONG}|list|length }}}}{{% endfor %}}",
+    f"{{{{ ([{LONG}] * 99999)|map('list')|map('length')|sum }}}}",
+    f"{{{{ ([{LONG}] * 99999)|map('length')|select('in', {LONG}|list)|list|length }}}}",
+]
+
+
+@pytest.mark.parametrize("source", ENDLESS)
+def test_time_is_limited(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.2)
+    start_s = time.monotonic()
+    with pytest.raises(RequestError, match=r"refuses the messages: it takes more than 0\.2 s"):
+        render(source)
+    assert time.monotonic() - start_s < 5
+
+
+def test_each_rendering_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.2)
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    for _ in range(2):
+        rendered = template.render(
+            [{"content": "Hi"}], add_generation_prompt=False, tools=None, special_tokens={}
+        )
+        assert rendered == "Hi"
+        time.sleep(0.25)
 
 
 def test_compiled_once() -> None:

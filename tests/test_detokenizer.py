@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
-from sl_serve.errors import RequestError
 from sl_serve.token_bytes import byte_alphabet
 from sl_serve.tokenizer import Tokenizer
 
@@ -160,12 +159,6 @@ def test_added_tokens() -> None:
         "",
     ]
     assert BYTE_LEVEL.token_text(special) == "<end>"
-
-
-def test_empty_stop_is_refused() -> None:
-    with pytest.raises(RequestError) as hit:
-        BYTE_LEVEL.detokenizer(stop=("a", ""))
-    assert hit.value.param == "stop"
 
 
 def seconds_to_feed(n_tokens: int, stops: tuple[str, ...]) -> float:

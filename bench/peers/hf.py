@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from bench.cases import Case
+from bench.cases import WARM_UP_TOKENS, Case
 from bench.measurement import Measurement, check_outputs, peak_rss_bytes
 from bench.peers import Probe
 
@@ -43,7 +43,7 @@ def probe(case: Case, model: Path) -> Probe:
     best: dict[str, str] = {}
     for dtype in case.peer_dtypes:
         network = _load(model, dtype)
-        _generate(network, case.warm_up_prompts(), 2)
+        _generate(network, case.warm_up_prompts()[:4], 2)
         for batch in case.peer_batches:
             variant = f"{dtype}:{batch}"
             estimates[variant] = _estimate(case, network, batch)
@@ -60,12 +60,12 @@ def probe(case: Case, model: Path) -> Probe:
 
 
 def measure(case: Case, model: Path, variant: str) -> Measurement:
-    """Runs the case once, batch after batch, after a small warm-up."""
+    """Runs the case once, batch after batch, after a few tokens of one batch."""
     dtype, _, batch = variant.partition(":")
     start = time.perf_counter()
     network = _load(model, dtype)
     load_s = time.perf_counter() - start
-    _generate(network, case.warm_up_prompts(), 4)
+    _generate(network, case.warm_up_prompts()[: int(batch)], WARM_UP_TOKENS)
     prompts, output_ids = case.prompts(), list[list[int]]()
     start = time.perf_counter()
     for first in range(0, case.n_requests, int(batch)):

@@ -25,6 +25,14 @@ KVOrder = Literal["position", "row"]
 # Chunks of a slab whose rows have reached their expected length: enough of them that it grows in
 # small parts, few enough that each is a large copy. A pool has at least as many.
 FULL_SLAB_CHUNKS = 4
+# On a device with memory of its own: arrivals of new tokens that may be under way before the host
+# must put one in its place.
+HOST_STAGING_BUFFERS = 4
+
+
+def n_windows(look_ahead: int) -> int:
+    """Device windows that prefixes pass through: one is filled while another is read."""
+    return min(look_ahead, 1) + 1
 
 
 class KVStrides(NamedTuple):

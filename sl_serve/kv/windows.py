@@ -12,11 +12,10 @@ from sl_serve.core import SubBatchPlan
 from sl_serve.device import Device, Event, Stream
 from sl_serve.kv.access import CellKV
 from sl_serve.kv.host import HostKV, PrefixPart
+from sl_serve.kv.layout import HOST_STAGING_BUFFERS, n_windows
 from sl_serve.kv.pool import Slab
 from sl_serve.kv.rows import RowTable
 from sl_serve.ops import KVRegion, Ops
-
-HOST_STAGING_BUFFERS = 4  # arrivals under way before the host must scatter one
 
 
 class _Window(NamedTuple):
@@ -63,7 +62,7 @@ class WindowedKV:
         staging_bytes = max_tokens * spec.token_layer_bytes
         self._windows = [
             _Window(device.empty(n_chunks * spec.chunk_layer_bytes), device.empty(staging_bytes))
-            for _ in range(self._look_ahead + 1)
+            for _ in range(n_windows(look_ahead))
         ]
         self._free_staging = deque(
             torch.empty(staging_bytes, dtype=torch.uint8) for _ in range(HOST_STAGING_BUFFERS)

@@ -110,7 +110,7 @@ class Residents:
             request = slab.rows[row]
             assert request is not None, f"row of {request_id} is empty"
             assert request.request_id == request_id, f"row of {request_id} is another's"
-            assert self.slabs[slab.slab_id] is slab, f"slab of {request_id} is closed"
+            assert self.slabs.get(slab.slab_id) is slab, f"slab of {request_id} is closed"
             assert request.n_cached <= slab.capacity_tokens, f"{request_id} overruns its slab"
         assert sum(len(s.requests) for s in self.slabs.values()) == len(self), "a row is orphaned"
 

@@ -68,8 +68,11 @@ def last(answers: Answers, i: int) -> TokenOut:
     ("prompt", "sampling", "message"),
     [
         ([], GREEDY, "the prompt is empty; it needs at least one token"),
-        ([1, 272], GREEDY, "token id 272 is outside the vocabulary of 272"),
-        ([1, -1], GREEDY, "token id -1 is outside the vocabulary of 272"),
+        ([1, 272], GREEDY, "'prompt' has the token id 272; the vocabulary has ids 0 to 271"),
+        ([1, -1], GREEDY, "'prompt' has the token id -1; the vocabulary has ids 0 to 271"),
+        ([1], replace(GREEDY, min_tokens=1, stop_token_ids=(272,)), "'stop_token_ids' has the"),
+        ([1], replace(GREEDY, logit_bias={272: 1.0}), "'logit_bias' has the token id 272"),
+        ([1], replace(GREEDY, top_k=-1, temperature=1), "'top_k' is -1"),
         ([1] * 256, GREEDY, "the prompt has 256 tokens, the context 256; shorten the prompt"),
         ([1] * 257, replace(GREEDY, max_tokens=0), "the prompt has 257 tokens, the context 256"),
     ],

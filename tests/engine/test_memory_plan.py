@@ -4,21 +4,30 @@ import re
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
 
-from sl_serve.config import EngineConfig, ModelConfig, SchedulerConfig
+from sl_serve.config import DeviceName, EngineConfig, ModelConfig, SchedulerConfig
+from sl_serve.core import Request, SamplingParams
+from sl_serve.device import SimDevice
 from sl_serve.errors import MemoryBudgetError, UserError
-from sl_serve.plan.budget import available_bytes, gib, parse_size
+from sl_serve.loader import load
+from sl_serve.plan.budget import available_bytes, exact_size, gib, parse_size
+from sl_serve.plan.kv_size import MARGIN_SHARE
 from sl_serve.plan.memory import (
     DEFAULT_PREFILL_TOKENS,
-    MARGIN_SHARE,
     MemoryPlan,
     WeightSizes,
     plan_memory,
 )
+from sl_serve.plan.pools import KVPools
+from sl_serve.sched.residents import Residents
+from sl_serve.weights.checkpoint import open_checkpoint
 
 FEW = settings(derandomize=True, max_examples=150, deadline=None)
 MIB, GIB = 1 << 20, 1 << 30
@@ -208,6 +217,159 @@ def test_a_kv_store_too_small_for_any_request_is_refused(kv_memory: int) -> None
         plan(8 * GIB, EngineConfig(kv_memory_bytes=kv_memory))
 
 
+@FEW
+@given(CONFIGS, BUDGETS)
+def test_the_longest_request_is_admitted_to_the_pool(config: EngineConfig, available: int) -> None:
+    found = plan_or_skip(available, config)
+    n_tokens = found.max_model_len
+    residents = Residents(found.kv, found.n_chunks, found.max_rows, found.max_slab_width)
+    request = Request("r", [0] * n_tokens, SamplingParams(), lambda _: None)
+    assert residents.admit(request, expected_tokens=n_tokens)
+
+
+def test_a_pool_of_fewer_chunks_than_a_slab_grows_to_is_refused() -> None:
+    config = EngineConfig(kv_memory_bytes=32 * TOKEN_BYTES, max_model_len=32)
+    with pytest.raises(MemoryBudgetError, match="raise --kv-memory"):
+        plan(8 * GIB, config)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 20, 64, 65, 100, 127, 1000, 4096])
+def test_one_row_may_have_any_length_where_there_is_memory(n_tokens: int) -> None:
+    one_row = EngineConfig(scheduler=SchedulerConfig(max_rows=1))
+    assert plan(64 * GIB, replace(one_row, max_model_len=n_tokens)).max_model_len == n_tokens
+    short = replace(MODEL, max_positions=n_tokens)
+    found = plan_memory(short, one_row, SIZES, 4, "position", 64 * GIB)
+    assert found.max_model_len == n_tokens
+    assert found.kv_bytes == TOKEN_BYTES * 64 or (
+        found.kv_bytes - found.kv.chunk_bytes < n_tokens * TOKEN_BYTES
+    )
+
+
+@pytest.mark.parametrize("n_layers", [1, 3, 10])
+@pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 255, 256, 257, 300, 1000, 5000, 40_000])
+def test_the_pool_for_some_tokens_is_the_smallest_that_holds_them(
+    n_tokens: int, n_layers: int
+) -> None:
+    pools = KVPools(replace(MODEL, n_layers=n_layers), 4, "row")
+    n_bytes = pools.bytes_for(n_tokens)
+    assert pools.tokens_in(n_bytes) >= n_tokens > pools.tokens_in(n_bytes - 1)
+
+
+# Refusals. What they suggest is tried.
+
+
+def suggestions(
+    message: str, available: int, config: EngineConfig
+) -> list[tuple[int, EngineConfig]]:
+    """What the user may do next, each by itself."""
+    found = []
+    if kv_memory := re.search(r"(raise|lower) --kv-memory to (\w+)", message):
+        n_bytes = parse_size(kv_memory[2])
+        given = config.kv_memory_bytes
+        assert given is None or (n_bytes > given) == (kv_memory[1] == "raise")
+        found.append((available, replace(config, kv_memory_bytes=n_bytes)))
+    if length := re.search(r"lower --max-model-len to (\d+)", message):
+        assert config.max_model_len is not None and int(length[1]) < config.max_model_len
+        found.append((available, replace(config, max_model_len=int(length[1]))))
+    if free := re.search(r"until (\w+) are free", message):
+        assert parse_size(free[1]) > available
+        found.append((parse_size(free[1]), config))
+    assert found, message
+    return found
+
+
+def refused(available: int, config: EngineConfig) -> str:
+    with pytest.raises(MemoryBudgetError) as refusal:
+        plan(available, config)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("available", "kv_memory", "max_model_len", "words"),
+    [
+        (0, None, None, "0 MiB of 0 MiB free memory"),
+        (105 * MIB, None, 4096, "(105 MiB weights in float32)"),
+        (140 * MIB, 60 * MIB, None, "of 140 MiB free memory"),
+        (8 * GIB, 0, None, "--kv-memory asks for 0 MiB, the smallest KV cache has 1 MiB"),
+        (8 * GIB, 0, 300, "raise --kv-memory to 6400KiB"),
+        (8 * GIB, 63 * TOKEN_BYTES, 20, "the smallest KV cache has 1 MiB"),
+        (8 * GIB, None, 5000, "asks for 5000 tokens, the model has 4096 positions"),
+        (8 * GIB, 10 * MIB, 5000, "the model has 4096 positions"),
+        (200 * MIB, None, 4096, "one request of 4096 tokens needs 80 MiB"),
+        (8 * GIB, 10 * MIB, 1000, "one request of 1000 tokens needs 20 MiB of KV cache, 10 MiB"),
+        (2 * GIB, 3 * GIB, None, "asks for 3.0 GiB, 1.7 GiB is left"),
+        (2 * GIB, 3 * GIB, 4096, "lower --kv-memory to 17"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_one_mistake_is_mended_by_any_suggestion(
+    available: int,
+    kv_memory: int | None,
+    max_model_len: int | None,
+    words: str,
+    device: DeviceName,
+) -> None:
+    config = EngineConfig(
+        device=device, kv_memory_bytes=kv_memory, max_model_len=max_model_len, dtype="float32"
+    )
+    message = refused(available, config)
+    assert words in message or device == "sim"
+    for suggestion in suggestions(message, available, config):
+        plan(*suggestion)
+
+
+@FEW
+@given(CONFIGS, BUDGETS)
+def test_following_the_suggestions_ends_in_a_plan(config: EngineConfig, available: int) -> None:
+    """After no more rounds than there are things that can be wrong."""
+    options = (config.kv_memory_bytes, config.max_model_len)
+    todo = [(available, config)]
+    for _ in range(1 + sum(option is not None for option in options)):
+        refusals = []
+        for try_available, try_config in todo:
+            try:
+                plan(try_available, try_config)
+            except MemoryBudgetError as error:
+                refusals += suggestions(str(error), try_available, try_config)
+        todo = refusals
+    for suggestion in todo:
+        plan(*suggestion)
+
+
+def test_the_plan_counts_what_a_device_with_memory_of_its_own_takes(
+    tiny: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers are added up as they are made."""
+    device_bytes: list[int] = []
+    host_bytes: list[int] = []
+    device = SimDevice()
+    make, make_host = device.empty, torch.empty
+
+    def empty(n_bytes: int) -> torch.Tensor:
+        device_bytes.append(n_bytes)
+        return make(n_bytes)
+
+    def host_empty(*args: Any, **options: Any) -> torch.Tensor:
+        buffer = make_host(*args, **options)
+        host_bytes.append(buffer.nbytes)
+        return buffer
+
+    monkeypatch.setattr(device, "empty", empty)
+    monkeypatch.setattr("sl_serve.kv.windows.torch.empty", host_empty)
+    checkpoint = open_checkpoint(tiny[0])
+    config = EngineConfig(device="sim", kv_memory_bytes=3 * MIB, native=False)
+    found = load(checkpoint, config, device=device).plan
+    checkpoint.close()
+    staged = found.max_step_tokens * found.kv.token_layer_bytes
+    logits_bytes = 256 * 272 * 4
+    assert host_bytes.count(staged) == 4
+    assert sum(host_bytes) == 4 * staged + logits_bytes
+    assert found.staging_bytes == 6 * staged
+    assert found.windows_bytes == 2 * found.n_chunks * found.kv.chunk_layer_bytes
+    on_device = found.device_slots_bytes + found.windows_bytes + found.staging_bytes
+    assert sum(device_bytes) == on_device - 4 * staged
+
+
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
     [
@@ -229,7 +391,9 @@ def test_sizes_are_read(text: str, n_bytes: int) -> None:
     assert parse_size(text) == n_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "8 X", "-1", "1e9", "8GG", "1.GB", "0x10", "8 Gi B"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "8 X", "-1", "1e9", "8GG", "1.GB", "0x10", "8 Gi B", "8I", "8IB", "8 iB"]
+)
 def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UserError, match="8GiB"):
         parse_size(text)
@@ -237,10 +401,26 @@ def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("n_bytes", "text"),
-    [(0, "0 MiB"), (700 * MIB, "700 MiB"), (GIB, "1.0 GiB"), (41.25 * GIB, "41.2 GiB")],
+    [
+        (0, "0 MiB"),
+        (700 * MIB, "700 MiB"),
+        (1023.4 * MIB, "1023 MiB"),
+        (1023.7 * MIB, "1.0 GiB"),
+        (GIB, "1.0 GiB"),
+        (41.25 * GIB, "41.2 GiB"),
+    ],
 )
 def test_sizes_are_written_for_people(n_bytes: float, text: str) -> None:
     assert gib(n_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0GiB"), (1, "1"), (1025, "1025"), (96 << 10, "96KiB"), (1025 << 20, "1025MiB")],
+)
+def test_exact_sizes_are_read_again(n_bytes: int, text: str) -> None:
+    assert exact_size(n_bytes) == text
+    assert parse_size(text) == n_bytes
 
 
 Memory = namedtuple("Memory", "available")
@@ -254,6 +434,8 @@ def free_10_gib(monkeypatch: pytest.MonkeyPatch) -> None:
 CGROUP_FILES = {
     "v2_limit": "memory.max",
     "v2_usage": "memory.current",
+    "v2_statistics": "memory.stat",
+    "v1_statistics": "memory/memory.stat",
     "v1_limit": "memory/memory.limit_in_bytes",
     "v1_usage": "memory/memory.usage_in_bytes",
 }
@@ -293,6 +475,23 @@ class TestAvailable:
     def test_use_beyond_the_limit_leaves_nothing(self, tmp_path: Path, version: str) -> None:
         files = {f"{version}_limit": GIB, f"{version}_usage": 2 * GIB}
         assert available_bytes(cgroup(tmp_path, **files)) == 0
+
+    def test_cached_files_that_can_be_dropped_are_free(self, tmp_path: Path) -> None:
+        lines = f"anon 5\nfile {3 * GIB}\ninactive_file {GIB}\nactive_file 7"
+        files = {"v2_limit": 4 * GIB, "v2_usage": 3 * GIB, "v2_statistics": lines}
+        assert available_bytes(cgroup(tmp_path, **files)) == 2 * GIB
+
+    def test_in_version_one_those_of_all_groups_below_are(self, tmp_path: Path) -> None:
+        lines = f"inactive_file 4096\ntotal_cache 1\ntotal_inactive_file {2 * GIB}\n"
+        files = {"v1_limit": 4 * GIB, "v1_usage": 3 * GIB, "v1_statistics": lines}
+        assert available_bytes(cgroup(tmp_path, **files)) == 3 * GIB
+
+    @pytest.mark.parametrize("version", ["v1", "v2"])
+    def test_more_cache_than_use_leaves_the_limit(self, tmp_path: Path, version: str) -> None:
+        lines = f"inactive_file {2 * GIB}\ntotal_inactive_file {2 * GIB}"
+        sizes = {"limit": 4 * GIB, "usage": GIB, "statistics": lines}
+        files = {f"{version}_{name}": size for name, size in sizes.items()}
+        assert available_bytes(cgroup(tmp_path, **files)) == 4 * GIB
 
     def test_a_limit_without_a_use_is_not_believed(self, tmp_path: Path) -> None:
         assert available_bytes(cgroup(tmp_path, v2_limit=GIB)) == 10 * GIB

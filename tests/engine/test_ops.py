@@ -96,7 +96,7 @@ class Batch:
             self.slabs[slab_id] = slab
             for i, (start, n_new) in enumerate(rows, start=1):
                 self._add(slab, width - i, start, n_new)
-        self.rng.shuffle(self.works)  # type: ignore[arg-type]
+        self.rng.shuffle(self.works)
         return sum(n_chunks_of)
 
     def _add(self, slab: Slab, row: int, start: int, n_new: int) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ def reference(rope: RopeConfig, head_dim: int) -> LlamaRotaryEmbedding:
         "original_max_position_embeddings": rope.original_max_positions,
     }
     taken = {"default": 1, "linear": 2, "llama3": 5}[rope.kind]
-    values = {
+    values: dict[str, Any] = {
         "hidden_size": 2 * head_dim,
         "num_attention_heads": 2,
         "head_dim": head_dim,

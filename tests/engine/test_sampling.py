@@ -47,7 +47,8 @@ def log_softmax(logits: torch.Tensor) -> Array:
     """In float64, over the last axis."""
     x = logits.numpy().astype(np.float64)
     x = x - x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    out: Array = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return out
 
 
 # Greedy.
@@ -58,6 +59,14 @@ def test_greedy_takes_the_lowest_id_of_equals(ties: tuple[int, ...]) -> None:
     logits = torch.zeros(1, 1000)
     logits[0, list(ties)] = 5.0
     assert drawn(logits, [greedy()]) == [ties[0]]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-309, 1e-201, 1e-200, 1e-30])
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_the_smallest_temperatures_are_greedy(temperature: float, params: dict[str, Any]) -> None:
+    logits = random_logits(4, 50, scale=3e37)
+    requests = [ask(temperature=temperature, seed=i, **params) for i in range(4)]
+    assert drawn(logits, requests) == logits.argmax(dim=-1).tolist()
 
 
 def test_greedy_depends_on_neither_seed_nor_truncation() -> None:
@@ -201,6 +210,12 @@ def test_banned_tokens_are_never_drawn() -> None:
     assert set(sequence(logits, request, 300)) == {0, 1, 4}
 
 
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"temperature": 0}])
+def test_where_all_tokens_are_banned_one_of_them_is_drawn(params: dict[str, Any]) -> None:
+    request = ask(min_tokens=10_000, stop_token_ids=tuple(range(6)), **params)
+    assert set(sequence(random_logits(1, 6), request, 20)) <= set(range(6))
+
+
 # Truncation.
 
 
@@ -226,8 +241,8 @@ def kept(probs: Array, params: SamplingParams) -> set[int]:
 
 
 def probabilities(n: int, spread: float, seed: int = 0) -> Array:
-    logits = np.random.default_rng(seed).normal(size=n) * spread
-    return np.exp(logits) / np.exp(logits).sum()
+    weights: Array = np.exp(np.random.default_rng(seed).normal(size=n) * spread)
+    return weights / weights.sum()
 
 
 TOP_P = st.one_of(st.just(1.0), st.floats(0.01, 0.999))
@@ -238,7 +253,7 @@ MIN_P = st.one_of(st.just(0.0), st.floats(0.001, 1.0))
 @given(
     n=st.sampled_from([5, 100, 256, 257, 700]),
     spread=st.sampled_from([0.05, 1.0, 4.0]),
-    top_k=st.sampled_from([0, 1, 3, 40, 255, 256]),
+    top_k=st.sampled_from([0, 1, 3, 40, 255, 256, 257, 300, 699]),
     top_p=TOP_P,
     min_p=MIN_P,
     seed=st.integers(0, 100),
@@ -266,6 +281,11 @@ def test_a_nucleus_larger_than_the_guess_is_kept_whole(params: SamplingParams) -
     expected = brute_force(probs, params)
     assert len(expected) > NUCLEUS_GUESS
     assert kept(probs, params) == expected
+
+
+def test_top_p_is_a_share_of_all_that_top_k_leaves() -> None:
+    probs = np.full(300, 1 / 300)
+    assert len(kept(probs, SamplingParams(top_k=300, top_p=0.799))) == 240
 
 
 def test_top_p_is_measured_after_top_k() -> None:
