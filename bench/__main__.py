@@ -6,12 +6,14 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from bench import disk, gpu
 from bench.cases import CASES, find_case
+from bench.errors import BenchError
 from bench.machine import describe_commit, describe_machine, describe_versions
 from bench.peers import is_installed
 from bench.runner import SubprocessJob, model_of, run_case
@@ -59,6 +61,43 @@ def run(
         json_path.write_text(json.dumps(report, indent=2) + "\n")
 
 
+@app.command()
+def predict(
+    case_name: Annotated[str, typer.Option("--case", help="On this machine, then run.")] = "",
+    flexgen: Annotated[bool, typer.Option("--flexgen", help="On FlexGen's, published.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write it all.")] = None,
+) -> None:
+    """What the planner predicts, beside what is measured or was published."""
+    from bench import predict as p
+
+    if bool(case_name) == flexgen:
+        raise BenchError("give either --case NAME or --flexgen")
+    if flexgen:
+        rows = p.predict_flexgen()
+        Console().print(p.flexgen_table(rows))
+        _write({"rows": rows}, json_path)
+        return
+    case = find_case(case_name)
+    progress = Console(stderr=True, log_path=False)
+    with model_of(case) as model:
+        report = p.predict_case(case, model, SubprocessJob(case, model), progress.log)
+    Console().print(p.case_table(report))
+    _write(report, json_path)
+
+
+def _write(report: dict[str, Any], json_path: Path | None) -> None:
+    """With where and when it was made."""
+    if json_path is None:
+        return
+    about = {
+        "commit": describe_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
+    json_path.write_text(json.dumps(about | report, indent=2) + "\n")
+
+
 @app.command(hidden=True)
 def worker(
     case_name: Annotated[str, typer.Option("--case")],
@@ -73,6 +112,12 @@ def worker(
         return
     with model_of(case) as found:
         json_path.write_text(json.dumps(run_job(case, system, found)))
+
+
+app.command("gpu")(gpu.run)
+app.command("gpu-worker", hidden=True)(gpu.worker)
+app.command("disk")(disk.run)
+app.command("disk-worker", hidden=True)(disk.worker)
 
 
 def main() -> None:

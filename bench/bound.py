@@ -146,19 +146,13 @@ def _native(weight: torch.Tensor, out: torch.Tensor) -> _Multiply:
     return multiply
 
 
-def _native_in_out(weight: torch.Tensor, _out: torch.Tensor) -> _Multiply:
-    ops = choose_ops("float32", torch.get_num_threads())
-    transposed = weight.t().contiguous()
-    return lambda x: ops.linear("bound", x, transposed, None)
-
-
 def _packed(weight: torch.Tensor, out: torch.Tensor) -> _Multiply:
     """oneDNN's own weight layout, chosen for this number of rows."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(out))
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
-_FLOAT32_LAYOUTS = (_native, _native_in_out)
+_FLOAT32_LAYOUTS = (_native,)
 _LAYOUTS = [_in_out, _out_in]
 if hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
     _LAYOUTS.append(_packed)

@@ -13,6 +13,7 @@
 
 namespace nb = nanobind;
 using sl::AttentionArgs;
+using sl::Dtype;
 using sl::Kernels;
 using sl::Row;
 
@@ -26,7 +27,8 @@ std::vector<const Kernels*> supported() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
     found.push_back(&sl::kernels_avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
     found.push_back(&sl::kernels_avx2);
 #endif
   found.push_back(&sl::kernels_portable);
@@ -93,10 +95,10 @@ class Core {
     kernels_->rms_norm(floats(x), floats(weight), floats(out), n_lines, width, eps, n_threads_);
   }
 
-  void gemm(uintptr_t a, int64_t a_stride, uintptr_t b, int64_t b_stride, bool b_transposed,
+  void gemm(uintptr_t a, int64_t a_stride, uintptr_t b, int64_t b_stride, Dtype b_dtype,
             uintptr_t c, int64_t c_stride, bool accumulate, int64_t m, int64_t n, int64_t k) const {
-    kernels_->gemm({floats(a), floats(b), floats(c), a_stride, b_stride, c_stride, m, n, k,
-                    b_transposed, accumulate, n_threads_});
+    kernels_->gemm({floats(a), reinterpret_cast<const void*>(b), floats(c), a_stride, b_stride,
+                    c_stride, m, n, k, b_dtype, accumulate, n_threads_});
   }
 
  private:
@@ -118,6 +120,10 @@ class Core {
 NB_MODULE(_native, m) {
   m.attr("ROW_FIELDS") = static_cast<int>(sizeof(Row) / sizeof(int64_t));
   m.def("targets", &targets, "Instruction sets this processor can run, best first.");
+  nb::enum_<Dtype>(m, "Dtype")
+      .value("float32", Dtype::float32)
+      .value("bfloat16", Dtype::bfloat16)
+      .value("float16", Dtype::float16);
   using Release = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<Core>(m, "Core")
       .def(nb::init<const std::string&, int>())

@@ -32,14 +32,24 @@ struct AttentionArgs {
   int n_threads;
 };
 
-// c (m, n) = a (m, k) b, or c += a b. b is (k, n), or (n, k) where b_transposed. Strides in floats.
+// The numbers of a weight; arithmetic is in float32, which holds each of them exactly.
+enum class Dtype { float32, bfloat16, float16 };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// c (m, n) = a (m, k) b^T, or c += a b^T; b is (n, k), as checkpoints have it. Strides in elements.
 struct GemmArgs {
   const float* a;
-  const float* b;
+  const void* b;
   float* c;
   int64_t a_stride, b_stride, c_stride;
   int64_t m, n, k;
-  bool b_transposed, accumulate;
+  Dtype b_dtype;
+  bool accumulate;
   int n_threads;
 };
 

@@ -1,4 +1,11 @@
+from enum import Enum
+
 ROW_FIELDS: int
+
+class Dtype(Enum):
+    float32 = ...
+    bfloat16 = ...
+    float16 = ...
 
 def targets() -> list[str]: ...
 
@@ -51,7 +58,7 @@ class Core:
         a_stride: int,
         b: int,
         b_stride: int,
-        b_transposed: bool,
+        b_dtype: Dtype,
         c: int,
         c_stride: int,
         accumulate: bool,

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sl_serve import __version__
+from sl_serve import __version__, cli_plan
 from sl_serve import cli_options as o
 from sl_serve.config import QueueConfig, SchedulerConfig
 from sl_serve.core import SamplingParams
@@ -47,7 +47,11 @@ def serve(
     cors_origin: o.CorsOrigins = None,
     device: o.Device = "cpu",
     dtype: o.DType = "float32",
+    load_format: o.Load = "auto",
     kv_memory: o.KvMemory = None,
+    host_memory: o.HostMemory = None,
+    device_memory: o.DeviceMemory = None,
+    disk_dir: o.DiskDir = None,
     max_model_len: o.MaxModelLen = None,
     max_rows: o.MaxRows = DEFAULTS.max_rows,
     sub_batches: o.SubBatches = DEFAULTS.n_sub_batches,
@@ -76,7 +80,11 @@ def serve(
     config = o.engine_config(
         device=device,
         dtype=dtype,
+        load_format=load_format,
         kv_memory=kv_memory,
+        host_memory=host_memory,
+        device_memory=device_memory,
+        disk_dir=disk_dir,
         max_model_len=max_model_len,
         max_rows=max_rows,
         sub_batches=sub_batches,
@@ -104,7 +112,11 @@ def generate(
     stop: o.Stop = None,
     device: o.Device = "cpu",
     dtype: o.DType = "float32",
+    load_format: o.Load = "auto",
     kv_memory: o.KvMemory = None,
+    host_memory: o.HostMemory = None,
+    device_memory: o.DeviceMemory = None,
+    disk_dir: o.DiskDir = None,
     max_model_len: o.MaxModelLen = None,
     threads: o.Threads = None,
 ) -> None:
@@ -122,7 +134,11 @@ def generate(
     config = o.engine_config(
         device=device,
         dtype=dtype,
+        load_format=load_format,
         kv_memory=kv_memory,
+        host_memory=host_memory,
+        device_memory=device_memory,
+        disk_dir=disk_dir,
         max_model_len=max_model_len,
         max_rows=1,
         sub_batches=1,
@@ -151,6 +167,9 @@ def pull(
     from sl_serve.weights.locate import pull as fetch
 
     print(fetch(name, console.print))
+
+
+cli_plan.register(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,11 +13,9 @@ from sl_serve.config import EngineConfig
 from sl_serve.core import Request, SamplingParams, TokenOut
 from sl_serve.engine import Engine
 from sl_serve.errors import EngineDeadError
-from sl_serve.llm import open_engine
+from sl_serve.llm import open_engine, open_model
 from sl_serve.plan.budget import gib
 from sl_serve.plan.memory import MemoryPlan
-from sl_serve.weights.checkpoint import open_checkpoint
-from sl_serve.weights.locate import resolve_model
 
 
 def model_name(model: str) -> str:
@@ -29,15 +27,14 @@ def model_name(model: str) -> str:
 
 def load_engine(model: str, config: EngineConfig, console: Console, quiet: bool = False) -> Engine:
     """Print the memory plan, load with a progress bar, start the engine."""
-    path = resolve_model(model, console.print)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_model(model, config.load_format, console.print)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     bar = Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet, transient=True)
     task = bar.add_task("loading layers", total=checkpoint.config.n_layers)
 
     def on_plan(plan: MemoryPlan) -> None:
         if not quiet:
-            console.print(plan_table(path.name, plan))
+            console.print(plan_table(checkpoint.path.name, plan))
 
     try:
         with bar:

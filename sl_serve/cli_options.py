@@ -6,11 +6,19 @@ from typing import Annotated
 
 import typer
 
-from sl_serve.config import DeviceName, DTypeName, EngineConfig, QueueConfig, SchedulerConfig
+from sl_serve.config import (
+    DeviceName,
+    DTypeName,
+    EngineConfig,
+    LoadFormat,
+    QueueConfig,
+    SchedulerConfig,
+)
 from sl_serve.plan.budget import parse_size
 
 MODEL_HELP = "A folder with config.json, a .gguf file, a Hugging Face id, or smollm2 (the demo)."
 MEMORY, SCHEDULE, QUEUE = "Memory", "Scheduling", "Queue"
+PLAN = "Planning"
 SERVER, SECURITY, PROMPT, SAMPLING = "Server", "Security", "Prompt", "Sampling"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", envvar="SL_SERVE_MODEL", help=MODEL_HELP)]
@@ -30,12 +38,51 @@ def _option(panel: str, flag: str, help_text: str, **extra: object) -> object:
 
 Device = Annotated[
     DeviceName,
-    _option(MEMORY, "--device", "cpu: weights and KV used in place. sim: a simulated accelerator."),
+    _option(
+        MEMORY,
+        "--device",
+        "cpu: weights and KV used in place. cuda: an NVIDIA GPU. sim: a simulated accelerator.",
+    ),
 ]
 DType = Annotated[DTypeName, _option(MEMORY, "--dtype", "Arithmetic, weights and KV.")]
+Load = Annotated[
+    LoadFormat,
+    _option(
+        MEMORY,
+        "--load-format",
+        "dummy: random weights; MODEL is a folder with config.json, or a name like opt-30b.",
+    ),
+]
 KvMemory = Annotated[
     str | None,
     _option(MEMORY, "--kv-memory", "KV cache, like 8GiB. Default: a share of what is free."),
+]
+HostMemory = Annotated[
+    str | None,
+    _option(
+        MEMORY,
+        "--host-memory",
+        "Ceiling for the whole process, like 24GiB; layers beyond it stay on disk. Default: what "
+        "is free.",
+    ),
+]
+DeviceMemory = Annotated[
+    str | None,
+    _option(
+        MEMORY,
+        "--device-memory",
+        "Ceiling for the accelerator's memory, like 16GiB; spare room holds layers. Default: what "
+        "is free there.",
+    ),
+]
+DiskDir = Annotated[
+    str | None,
+    _option(
+        MEMORY,
+        "--disk-dir",
+        "Folder for layers that do not fit into memory, where the model's own files cannot be "
+        "read as they are (GGUF, another dtype).",
+    ),
 ]
 MaxModelLen = Annotated[
     int | None,
@@ -120,11 +167,34 @@ Stop = Annotated[
 ]
 
 
+def _plan_option(flag: str, help_text: str) -> object:
+    """Apart from `generate`, whose --prompt is a text."""
+    variable = "SL_SERVE_PLAN_" + flag.removeprefix("--").upper()
+    return typer.Option(flag, envvar=variable, rich_help_panel=PLAN, help=help_text, min=1)
+
+
+Profile = Annotated[
+    str | None,
+    _option(PLAN, "--profile", "A machine that is not at hand, like t4. Default: this one."),
+]
+PromptTokens = Annotated[int, _plan_option("--prompt", "Prompt tokens of a request.")]
+OutputTokens = Annotated[int, _plan_option("--gen", "Generated tokens of a request.")]
+Requests = Annotated[int, _plan_option("--requests", "Requests, all there from the start.")]
+MeasuredDir = Annotated[
+    str | None, _option(MEMORY, "--disk-dir", "Folder on the disk that layers would be read from.")
+]
+ReportJson = Annotated[bool, _option(PLAN, "--json", "Print everything as JSON.")]
+
+
 def engine_config(
     *,
     device: DeviceName,
     dtype: DTypeName,
+    load_format: LoadFormat,
     kv_memory: str | None,
+    host_memory: str | None,
+    device_memory: str | None,
+    disk_dir: str | None,
     max_model_len: int | None,
     max_rows: int,
     sub_batches: int,
@@ -137,8 +207,12 @@ def engine_config(
     return EngineConfig(
         device=device,
         dtype=dtype,
+        load_format=load_format,
         max_model_len=max_model_len,
         kv_memory_bytes=None if kv_memory is None else parse_size(kv_memory),
+        host_memory_bytes=None if host_memory is None else parse_size(host_memory),
+        device_memory_bytes=None if device_memory is None else parse_size(device_memory),
+        disk_dir=disk_dir,
         n_threads=threads,
         scheduler=SchedulerConfig(
             max_rows=max_rows,

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
-DeviceName = Literal["cpu", "sim"]
+DeviceName = Literal["cpu", "cuda", "sim"]
+LoadFormat = Literal["auto", "dummy"]  # as the model's files are, or random weights of its shape
 
 
 # Lines of the vocabulary matrix's product made at once: where matmuls reach their full rate. One
@@ -40,10 +41,14 @@ class ModelConfig:
     vocab_size: int
     max_positions: int
     norm_eps: float = 1e-5
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    # None: layers know no positions; they enter with the embedding.
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
     tie_embeddings: bool = False
     attention_bias: bool = False  # biases on q, k, v and o
     mlp_bias: bool = False
+    norm_first: bool = True  # norms before attention and MLP; False: after
+    final_norm: bool = True
+    embed_size: int | None = None  # width of embedding and head; None: hidden_size
     dtype: DTypeName = "float32"  # as stored in the checkpoint
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -81,6 +86,10 @@ class EngineConfig:
     dtype: DTypeName = "float32"
     max_model_len: int | None = None  # None: what the model says, lowered to what memory allows
     kv_memory_bytes: int | None = None  # None: a share of what is free
+    host_memory_bytes: int | None = None  # of the whole process; None: what is free
+    device_memory_bytes: int | None = None  # None: what is free on the device
+    disk_dir: str | None = None  # for layers that the checkpoint's own files cannot serve
+    load_format: LoadFormat = "auto"
     n_threads: int | None = None
     native: bool = True  # False: the pure-torch twins even where the native core is built
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

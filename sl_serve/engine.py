@@ -127,6 +127,8 @@ class Engine:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSE_TIMEOUT_S)
+            if not self._thread.is_alive():
+                self._parts.close()
 
     # The engine thread.
 

@@ -6,6 +6,7 @@
     │   │   └── CheckpointError   a file of it is damaged or hostile
     │   ├── MemoryBudgetError     it does not fit, by how much, and what would help
     │   └── RequestError     one request asks for something impossible     (HTTP 400)
+    ├── WeightReadError      weights on disk became unreadable while running
     ├── QueueFullError       try again later                               (HTTP 429)
     ├── EngineClosedError    draining or closed                            (HTTP 503)
     └── EngineDeadError      the engine failed; carries the reason         (HTTP 500)
@@ -43,6 +44,10 @@ class RequestError(UserError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class WeightReadError(SlServeError):
+    """A file that holds layers ends too early, or its disk fails. Which, where, and what to do."""
 
 
 class QueueFullError(SlServeError):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
+
+Allocate = Callable[[int], torch.Tensor]  # bytes -> host memory of that size, uint8
 
 
 def host_empty(n_bytes: int) -> torch.Tensor:

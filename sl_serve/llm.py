@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from rich.progress import Progress
 
-from sl_serve.config import EngineConfig, QueueConfig
+from sl_serve.config import EngineConfig, LoadFormat, QueueConfig
 from sl_serve.core import FinishReason, Request, SamplingParams, TokenLogprob, TokenOut
 from sl_serve.engine import Engine
 from sl_serve.errors import EngineDeadError
-from sl_serve.loader import OnLayer, OnPlan, load
+from sl_serve.loader import OnPlan, load
 from sl_serve.weights.checkpoint import Checkpoint, open_checkpoint
+from sl_serve.weights.dummy import open_dummy
 from sl_serve.weights.locate import resolve_model
+from sl_serve.weights.tiers import OnLayer
 
 Prompt = str | list[int]
 
@@ -35,6 +37,17 @@ class Generation:
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
+def open_model(
+    model: str, load_format: LoadFormat = "auto", progress: Callable[[str], None] | None = None
+) -> Checkpoint:
+    """What the command line calls MODEL. `progress` hears of anything that is fetched.
+
+    Raises ModelError, CheckpointError."""
+    if load_format == "dummy":
+        return open_dummy(model)
+    return open_checkpoint(resolve_model(model, progress))
+
+
 def open_engine(
     checkpoint: Checkpoint,
     config: EngineConfig,
@@ -49,13 +62,15 @@ def open_engine(
 class LLM:
     """A model and an engine of its own; a context manager.
 
-    `model` as on the command line: a folder, a .gguf file, a hub id, or "smollm2".
+    `model` as on the command line: a folder, a .gguf file, a hub id, or "smollm2"; with the load
+    format "dummy" a folder with config.json or the name of a shape.
     """
 
     def __init__(self, model: str, config: EngineConfig | None = None) -> None:
-        checkpoint = open_checkpoint(resolve_model(model))
+        config = config or EngineConfig(queue=UNBOUNDED_QUEUE)
+        checkpoint = open_model(model, config.load_format)
         try:
-            self.engine = open_engine(checkpoint, config or EngineConfig(queue=UNBOUNDED_QUEUE))
+            self.engine = open_engine(checkpoint, config)
         finally:
             checkpoint.close()
 

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from sl_serve.config import EngineConfig
-from sl_serve.device import Device, open_device
+from sl_serve.config import DTypeName, EngineConfig
+from sl_serve.device import Device, device_budget_bytes, open_device
 from sl_serve.kv.access import InPlaceKV, KVAccess
 from sl_serve.kv.host import HostKV
 from sl_serve.kv.windows import WindowedKV
 from sl_serve.logits import Head
-from sl_serve.models import Family, load_family
+from sl_serve.models import Family, StaticTensors, load_family
 from sl_serve.ops import Ops, choose_ops
-from sl_serve.plan.budget import available_bytes
-from sl_serve.plan.memory import MemoryPlan, WeightSizes, plan_memory
+from sl_serve.plan.budget import host_budget_bytes
+from sl_serve.plan.fit import plan_memory
+from sl_serve.plan.memory import MemoryPlan, WeightSizes
+from sl_serve.plan.model_reader import stored_dtype, torch_dtype
+from sl_serve.plan.step_memory import logits_lines, n_ring_slots
 from sl_serve.sched.residents import Residents
 from sl_serve.step import Sweep
 from sl_serve.weights.checkpoint import Checkpoint
-from sl_serve.weights.host import HostWeights, StaticWeights, check_checkpoint
-from sl_serve.weights.layout import LayerLayout
-from sl_serve.weights.streamer import weight_source
+from sl_serve.weights.disk import Readers
+from sl_serve.weights.embedding import Embedding, FileEmbedding, ResidentEmbedding
+from sl_serve.weights.head import FileHead, HeadWeight, ResidentHead
+from sl_serve.weights.host import check_checkpoint, load_image, load_static
+from sl_serve.weights.layout import LayerLayout, LayerWeights
+from sl_serve.weights.store import LayerStore
+from sl_serve.weights.streamer import load_resident, weight_source
+from sl_serve.weights.tiers import OnLayer, open_store, served_by_files, spread
 
 OnPlan = Callable[[MemoryPlan], None]
-OnLayer = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +46,22 @@ class Parts:
     sweep: Sweep
     head: Head
     residents: Residents
+    store: LayerStore
+    readers: Readers
     n_parameters: int
+
+    def close(self) -> None:
+        """After the last step: stop reading, close files."""
+        self.readers.close()
+        self.store.close()
+        self.head.close()
+        self.sweep.embedding.close()
+        self.sweep.device.close()
 
 
 def plan_checkpoint(checkpoint: Checkpoint, config: EngineConfig) -> MemoryPlan:
     """The memory plan, without reading any weight. Raises CheckpointError, MemoryBudgetError."""
-    model, family = checkpoint.config, load_family(checkpoint.config.family)
-    dtype = _torch_dtype(config)
-    layout = LayerLayout(family.layer_params(model), dtype)
-    static = dict(family.static_tensors(model).values())
-    check_checkpoint(checkpoint, family.layer_params(model), static)
-    static_bytes = sum(torch.Size(s).numel() for s in static.values()) * dtype.itemsize
-    return plan_memory(
-        model,
-        config,
-        WeightSizes(layout.image_bytes, static_bytes),
-        dtype.itemsize,
-        # Attention reads host memory in place, or one bulk copy takes the prefix over the link.
-        "row" if config.device == "cpu" else "position",
-        available_bytes(),
-    )
+    return _Model.of(checkpoint, config).plan()
 
 
 def load(
@@ -69,39 +75,144 @@ def load(
 
     `device` overrides the one that `config` names, for simulations with a profile of their own.
     """
-    plan = plan_checkpoint(checkpoint, config)
+    model = _Model.of(checkpoint, config)
+    plan = model.plan()
     on_plan(plan)
     n_threads = config.n_threads or torch.get_num_threads()
     torch.set_num_threads(n_threads)
-    model, family = checkpoint.config, load_family(checkpoint.config.family)
-    dtype = _torch_dtype(config)
-    host = HostWeights(LayerLayout(family.layer_params(model), dtype), model.n_layers)
-    host.load(checkpoint, on_layer)
-    names = {ours: source for ours, (source, _) in family.static_tensors(model).items()}
-    static = StaticWeights.load(checkpoint, names, dtype)
     device = device or open_device(config.device)
-    ops = choose_ops(config.dtype, n_threads, config.native)
+    ops = choose_ops(config.dtype, n_threads, config.native, device)
+    host_static = load_static(checkpoint, model.static_names(plan), model.layout.dtype)
+    # The embedding is looked up on the host: a step needs few of its rows.
+    static = {name: device.upload(t) for name, t in host_static.items() if name != "embed"}
+    readers = Readers()
+    on_device = spread(checkpoint.config.n_layers, plan.n_device_layers)
+    resident = load_resident(
+        device, model.layout, on_device, partial(load_image, checkpoint, model.layout)
+    )
+    store = open_store(
+        checkpoint,
+        model.layout,
+        [i for i in range(checkpoint.config.n_layers) if i not in resident],
+        plan.n_disk_layers,
+        n_ring_slots(device.in_place, plan.look_ahead),
+        Path(config.disk_dir) if config.disk_dir else None,
+        readers,
+        on_layer,
+        device.host_empty,
+    )
     sweep = Sweep(
-        config=model,
-        family=family,
+        config=checkpoint.config,
+        family=model.family,
         ops=ops,
         device=device,
-        static=static.tensors,
-        weights=weight_source(device, host, plan.look_ahead),
-        kv=_kv_access(plan, device, ops, dtype),
+        static=static,
+        embedding=model.embedding(plan, host_static),
+        weights=weight_source(device, store, plan.look_ahead, resident),
+        kv=_kv_access(plan, device, ops, torch_dtype(config.dtype)),
     )
-    eos = checkpoint.config.eos_token_ids
     return Parts(
         plan=plan,
         sweep=sweep,
-        head=_head(family, sweep, eos),
+        head=_head(model, sweep, plan, model.head(plan, sweep, readers)),
         residents=Residents(plan.kv, plan.n_chunks, plan.max_rows, plan.max_slab_width),
-        n_parameters=(host.n_bytes + static.n_bytes) // dtype.itemsize,
+        store=store,
+        readers=readers,
+        n_parameters=model.n_parameters,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A checkpoint as this configuration stores it."""
+
+    checkpoint: Checkpoint
+    config: EngineConfig
+    family: Family
+    layout: LayerLayout
+    static: StaticTensors
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, config: EngineConfig) -> _Model:
+        """Raises CheckpointError before any weight is read if one is missing or misshapen."""
+        settings = checkpoint.config
+        family = load_family(settings.family)
+        params, static = family.layer_params(settings), family.static_tensors(settings)
+        check_checkpoint(checkpoint, params, dict(static.values()))
+        dtype = torch_dtype(_stored_as(checkpoint, config))
+        return cls(checkpoint, config, family, LayerLayout(params, dtype), static)
+
+    @property
+    def n_parameters(self) -> int:
+        static = sum(math.prod(shape) for shape in dict(self.static.values()).values())
+        of_layer = sum(math.prod(s.param.shape) for s in self.layout.segments)
+        return self.checkpoint.config.n_layers * of_layer + static
+
+    def plan(self) -> MemoryPlan:
+        config, settings = self.config, self.checkpoint.config
+        return plan_memory(
+            settings,
+            config,
+            self._sizes(),
+            torch_dtype(config.dtype).itemsize,
+            # Attention reads host memory in place, or one bulk copy takes the prefix over the link.
+            "row" if config.device == "cpu" else "position",
+            host_budget_bytes(config.host_memory_bytes),
+            device_budget_bytes(config.device, config.device_memory_bytes),
+        )
+
+    def static_names(self, plan: MemoryPlan) -> dict[str, str]:
+        """Our name -> the checkpoint's, of what stays in memory."""
+        names = {ours: source for ours, (source, _) in self.static.items()}
+        if plan.embedding_on_disk:
+            del names["embed"]
+        if plan.head_on_disk:
+            del names["head"]
+        return names
+
+    def embedding(self, plan: MemoryPlan, static: LayerWeights) -> Embedding:
+        if not plan.embedding_on_disk:
+            return ResidentEmbedding(static["embed"])
+        source, (n_rows, width) = self.static["embed"]
+        location = self.checkpoint.location(source)
+        assert location is not None
+        return FileEmbedding(location, n_rows, width)
+
+    def head(self, plan: MemoryPlan, sweep: Sweep, readers: Readers) -> HeadWeight:
+        if not plan.head_on_disk:
+            return ResidentHead(sweep.static["head"])
+        source, (n_rows, width) = self.static["head"]
+        location = self.checkpoint.location(source)
+        assert location is not None
+        return FileHead(location, (n_rows, width), readers, sweep.device)
+
+    def _sizes(self) -> WeightSizes:
+        itemsize, settings = self.layout.dtype.itemsize, self.checkpoint.config
+        sizes = {source: math.prod(shape) * itemsize for source, shape in self.static.values()}
+        head, embed = self.static["head"][0], self.static["embed"][0]
+        locations = [self.checkpoint.location(source) for source in (head, embed)]
+        in_files = served_by_files(self.checkpoint, self.layout, settings.n_layers)
+        return WeightSizes(
+            layer_bytes=self.layout.image_bytes,
+            embedding_bytes=0 if embed == head else sizes[embed],
+            head_bytes=sizes[head],
+            others_bytes=sum(sizes.values()) - sum(sizes[s] for s in {head, embed}),
+            disk_tier=in_files or self.config.disk_dir is not None,
+            vocabulary_in_file=all(x and x.dtype == self.layout.dtype for x in locations),
+        )
+
+
+def _stored_as(checkpoint: Checkpoint, config: EngineConfig) -> DTypeName:
+    """The processor computes in float32 with weights as short as the checkpoint has them: the
+    conversion is exact, and half the bytes are read. Elsewhere weights are what is computed with.
+    """
+    if config.device != "cpu" or config.dtype != "float32":
+        return config.dtype
+    return stored_dtype(checkpoint)
+
+
 def _kv_access(plan: MemoryPlan, device: Device, ops: Ops, dtype: torch.dtype) -> KVAccess:
-    host = HostKV(plan.kv, plan.n_chunks)
+    host = HostKV(plan.kv, plan.n_chunks, device.host_empty)
     if device.in_place:
         return InPlaceKV(host)
     return WindowedKV(
@@ -109,14 +220,10 @@ def _kv_access(plan: MemoryPlan, device: Device, ops: Ops, dtype: torch.dtype) -
     )
 
 
-def _head(family: Family, sweep: Sweep, eos_token_ids: tuple[int, ...]) -> Head:
+def _head(model: _Model, sweep: Sweep, plan: MemoryPlan, weight: HeadWeight) -> Head:
     def head_input(x: torch.Tensor) -> torch.Tensor:
-        return family.head_input(sweep.config, sweep.ops, sweep.static, x)
+        return model.family.head_input(sweep.config, sweep.ops, sweep.static, x)
 
-    return Head(sweep.ops, sweep.static["head"], head_input, eos_token_ids)
-
-
-def _torch_dtype(config: EngineConfig) -> torch.dtype:
-    dtype = getattr(torch, config.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    lines = logits_lines(plan.max_rows)
+    eos = model.checkpoint.config.eos_token_ids
+    return Head(sweep.ops, weight, head_input, eos, lines, sweep.device.torch_device)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from sl_serve.config import LOGITS_BLOCK_LINES as BLOCK_LINES
 from sl_serve.core import RowWork, SubBatchPlan, TokenLogprob
 from sl_serve.ops import Ops
 from sl_serve.sampling import SampledToken, prompt_logprobs, sample
+from sl_serve.weights.head import HeadWeight
 
 HeadInput = Callable[[torch.Tensor], torch.Tensor]
 
@@ -28,20 +28,25 @@ class RowResult(NamedTuple):
 
 
 class Head:
-    """`weight`: (vocabulary, hidden); `head_input`: what comes before it, the final norm."""
+    """`weight`: the vocabulary matrix; `head_input`: what comes before it, the final norm;
+    `block_lines`: of logits at a time, all in one buffer."""
 
     def __init__(
         self,
         ops: Ops,
-        weight: torch.Tensor,
+        weight: HeadWeight,
         head_input: HeadInput,
         eos_token_ids: Sequence[int],
+        block_lines: int,
+        torch_device: torch.device,
     ) -> None:
         self._ops = ops
         self._weight = weight
         self._head_input = head_input
         self._eos_token_ids = eos_token_ids
-        self._buffer = torch.empty(BLOCK_LINES, weight.shape[0], dtype=weight.dtype)
+        self._block_lines = block_lines
+        shape = (block_lines, weight.n_rows)
+        self._buffer = torch.empty(shape, dtype=ops.dtype, device=torch_device)
 
     def results(self, plan: SubBatchPlan, hidden: torch.Tensor) -> list[RowResult]:
         """`hidden`: (T, hidden) of the sub-batch's tokens after the last layer."""
@@ -49,8 +54,8 @@ class Head:
         lines = [first + w.n_new - 1 for first, w in works if _draws(w)]
         drawing = [w.request for _, w in works if _draws(w)]
         sampled: dict[str, SampledToken] = {}
-        for start in range(0, len(lines), BLOCK_LINES):
-            block = slice(start, start + BLOCK_LINES)
+        for start in range(0, len(lines), self._block_lines):
+            block = slice(start, start + self._block_lines)
             logits = self._logits(hidden[lines[block]])
             tokens = sample(logits, drawing[block], self._eos_token_ids)
             for request, token in zip(drawing[block], tokens, strict=True):
@@ -70,16 +75,21 @@ class Head:
             return []
         targets = work.request.prompt_ids[work.start + 1 : work.stop + 1]
         found: list[TokenLogprob] = []
-        for start in range(0, len(targets), BLOCK_LINES):
-            block = targets[start : start + BLOCK_LINES]
+        for start in range(0, len(targets), self._block_lines):
+            block = targets[start : start + self._block_lines]
             logits = self._logits(hidden[start : start + len(block)])
             found += prompt_logprobs(logits, block, n_top)
         return found
 
+    def close(self) -> None:
+        self._weight.close()
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(n, vocabulary) float32, n <= BLOCK_LINES; valid until the next call."""
+        """(n, vocabulary) float32, n <= block_lines; valid until the next call."""
         out = self._buffer[: len(hidden)]
-        self._ops.logits(self._head_input(hidden), self._weight, out)
+        x = self._head_input(hidden)
+        for first, rows in self._weight.pieces():
+            self._ops.logits(x, rows, out[:, first : first + len(rows)])
         return out.float()
 
 

@@ -34,31 +34,49 @@ class SampledToken:
 def sample(
     logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int]
 ) -> list[SampledToken]:
-    """Draw one token per row of `logits` (n, vocabulary), float32; the tensor is used up."""
+    """Draw one token per row of `logits` (n, vocabulary), float32; the tensor is used up.
+
+    The best token of each row is found where the logits are; rows that need more than that go to
+    the host one by one.
+    """
     best = logits.amax(dim=-1)
     if not torch.isfinite(best).all():
         raise NonFiniteLogitsError("the model produced logits that are not finite numbers")
-    logprobs = {
-        i: torch.log_softmax(logits[i], dim=-1)
-        for i, r in enumerate(requests)
-        if r.sampling.logprobs is not None
-    }
-    for row, request in zip(logits, requests, strict=True):
-        _adjust(row, request, eos_token_ids)
     greedy = logits.argmax(dim=-1).tolist()
-    ids = [
-        greedy[i] if r.sampling.temperature < MIN_TEMPERATURE else _draw(logits[i], r)
-        for i, r in enumerate(requests)
-    ]
     return [
-        SampledToken(
-            token_id,
-            token_logprob(logprobs[i], token_id, request.sampling.logprobs or 0)
-            if i in logprobs
-            else None,
-        )
-        for i, (token_id, request) in enumerate(zip(ids, requests, strict=True))
+        SampledToken(greedy[i], None)
+        if _takes_the_best(request)
+        else _sample_row(logits[i].cpu(), request, eos_token_ids)
+        for i, request in enumerate(requests)
     ]
+
+
+def _takes_the_best(request: Request) -> bool:
+    """Whether the largest of the model's own logits is all that is asked for."""
+    params = request.sampling
+    return (
+        params.temperature < MIN_TEMPERATURE
+        and params.logprobs is None
+        and not params.logit_bias
+        and params.repetition_penalty == 1.0
+        and not (params.presence_penalty or params.frequency_penalty)
+        and len(request.output_ids) >= params.min_tokens
+    )
+
+
+def _sample_row(
+    logits: torch.Tensor, request: Request, eos_token_ids: Sequence[int]
+) -> SampledToken:
+    n_top = request.sampling.logprobs
+    logprobs = None if n_top is None else torch.log_softmax(logits, dim=-1)
+    _adjust(logits, request, eos_token_ids)
+    if request.sampling.temperature < MIN_TEMPERATURE:
+        token_id = int(logits.argmax())
+    else:
+        token_id = _draw(logits, request)
+    if logprobs is None:
+        return SampledToken(token_id, None)
+    return SampledToken(token_id, token_logprob(logprobs, token_id, n_top or 0))
 
 
 def token_logprob(logprobs: torch.Tensor, token_id: int, n_top: int) -> TokenLogprob:
@@ -72,7 +90,7 @@ def token_logprob(logprobs: torch.Tensor, token_id: int, n_top: int) -> TokenLog
 
 def prompt_logprobs(logits: torch.Tensor, targets: Sequence[int], n_top: int) -> list[TokenLogprob]:
     """What the model thought of the tokens that follow: logits (n, vocabulary), targets (n,)."""
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = torch.log_softmax(logits, dim=-1).cpu()
     return [token_logprob(row, t, n_top) for row, t in zip(logprobs, targets, strict=True)]
 
 

@@ -21,6 +21,7 @@ from sl_serve.models import Family, RopeTable
 from sl_serve.models.rope import inverse_frequencies, rope_table
 from sl_serve.ops import Ops
 from sl_serve.stats import BytesMoved
+from sl_serve.weights.embedding import Embedding
 from sl_serve.weights.layout import LayerWeights
 from sl_serve.weights.streamer import WeightSource
 
@@ -33,12 +34,16 @@ class Sweep:
     family: Family
     ops: Ops
     device: Device
-    static: LayerWeights  # embed, final_norm, head
+    static: LayerWeights  # what the family has outside its layers, on the device
+    embedding: Embedding
     weights: WeightSource
     kv: KVAccess
 
     def __post_init__(self) -> None:
-        self._inverse = inverse_frequencies(self.config.rope, self.config.head_dim)
+        rope = self.config.rope
+        self._inverse = (
+            self.device.upload(inverse_frequencies(rope, self.config.head_dim)) if rope else None
+        )
 
     def run(self, plan: StepPlan, slabs: Mapping[int, Slab]) -> list[torch.Tensor]:
         """Hidden states after the last layer, (T, hidden) per sub-batch. K and V of every new
@@ -62,7 +67,9 @@ class Sweep:
     def bytes_moved(self) -> BytesMoved:
         return BytesMoved(self.weights.n_bytes_moved, self.kv.n_bytes_down, self.kv.n_bytes_up)
 
-    def _compute(self, cell: int, layer: LayerWeights, x: torch.Tensor, rope: RopeTable) -> None:
+    def _compute(
+        self, cell: int, layer: LayerWeights, x: torch.Tensor, rope: RopeTable | None
+    ) -> None:
         region, table = self.kv.open(cell)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -73,12 +80,22 @@ class Sweep:
 
         self.family.block(self.config, self.ops, layer, x, rope, attend)
         n_flops = 2.0 * len(x) * sum(w.numel() for w in layer.values())
-        self.device.computed(n_flops, (self.weights.buffer(),))
+        self.device.computed(n_flops, (self.weights.buffer(),), "layer")
 
     def _embed(self, plan: SubBatchPlan) -> torch.Tensor:
         ids = [i for w in plan.rows for i in w.request.token_ids(w.start, w.stop)]
-        return self.static["embed"][torch.tensor(ids)]
+        table, rows = self.embedding.lookup(torch.tensor(ids))
+        # Gathered on the host: what crosses the link is a line per token, not the table.
+        tokens = self.device.upload(table[rows].to(self.ops.dtype))
+        return self.family.hidden_states(
+            self.config, self.ops, self.static, tokens, self._positions(plan)
+        )
 
-    def _rope(self, plan: SubBatchPlan) -> RopeTable:
+    def _rope(self, plan: SubBatchPlan) -> RopeTable | None:
+        if self._inverse is None:
+            return None
+        return RopeTable(*rope_table(self._inverse, self._positions(plan)))
+
+    def _positions(self, plan: SubBatchPlan) -> torch.Tensor:
         positions = torch.cat([torch.arange(w.start, w.stop) for w in plan.rows])
-        return RopeTable(*rope_table(self._inverse, positions))
+        return self.device.upload(positions)

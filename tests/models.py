@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 EOS, BOS = "<|end|>", "<|begin|>"
 CHATML = (
@@ -46,8 +52,32 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
         "bos_token_id": 257,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
-    with torch.no_grad():  # transformers starts norms at 1 and biases at 0: make them matter
+    return _with_lively_vectors(LlamaForCausalLM(LlamaConfig(**(settings | changes))))
+
+
+def tiny_opt(**changes: Any) -> OPTForCausalLM:
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "init_std": 0.2,
+        "pad_token_id": None,
+        "eos_token_id": 256,
+        "bos_token_id": 257,
+    }
+    torch.manual_seed(0)
+    return _with_lively_vectors(OPTForCausalLM(OPTConfig(**(settings | changes))))
+
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def _with_lively_vectors(model: Model) -> Model:
+    """transformers starts norms at 1 and biases at 0: make them matter."""
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -56,7 +86,17 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
 
 def write_tiny_llama(folder: Path, **changes: Any) -> LlamaForCausalLM:
     """Save a tiny model as a Hugging Face folder; returns the reference."""
-    model = tiny_llama(**changes)
+    return _write(folder, tiny_llama(**changes))
+
+
+def write_tiny_opt(folder: Path, **changes: Any) -> OPTForCausalLM:
+    return _write(folder, tiny_opt(**changes))
+
+
+TINY_MODELS = {"llama": write_tiny_llama, "opt": write_tiny_opt}
+
+
+def _write(folder: Path, model: Model) -> Model:
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return model

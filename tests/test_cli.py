@@ -65,6 +65,24 @@ def test_generate_prints_text_alone_and_the_plan_aside(
     assert "3 MiB" in err
 
 
+def test_generate_with_random_weights_needs_settings_alone(
+    folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    dummy = ("--prompt", "Hello", "--load-format", "dummy")
+    asked = (*dummy, "--max-tokens", "4", "--json")
+    code, out, _ = sl_serve(capfd, monkeypatch, "generate", str(tmp_path), *asked)
+    assert code == 0
+    assert json.loads(out)["prompt_tokens"] == 5
+    code, _, err = sl_serve(capfd, monkeypatch, "generate", "opt-31b", *dummy)
+    assert code == 2
+    assert "error: opt-31b: random weights need a folder with config.json, or one of" in err
+    assert "opt-30b" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -112,6 +112,9 @@ HOW: dict[str, Callable[[str], None]] = {
     "--max-tokens 8 --json": prints(r'"text": " Paris'),
     ".venv/bin/sl-serve pull smollm2": prints(r"\.gguf\n"),
     ".venv/bin/sl-serve serve --help": prints("SL_SERVE_PORT"),
+    ".venv/bin/sl-serve plan opt-30b --load-format dummy --profile t4 --prompt 512 "
+    "--gen 32": prints("link down binds"),
+    ".venv/bin/sl-serve doctor": prints("host memory reads"),
     ".venv/bin/sl-chat --url http://127.0.0.1:8000": chats,
     ".venv/bin/python -m bench run --case smollm2-128x128-n256 --peers transformers "
     "--json result.json": benchmarks,

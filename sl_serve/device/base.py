@@ -8,12 +8,14 @@ from typing import Protocol
 
 import torch
 
+from sl_serve.device.timeline import Span
+
 
 class Stream(IntEnum):
     """Queues of work that run beside each other; each in its own order."""
 
     LOAD = 0  # host to device
-    COMPUTE = 1
+    COMPUTE = 1  # whatever torch computes with the device's tensors
     STORE = 2  # device to host
 
 
@@ -28,12 +30,27 @@ class Device(Protocol):
 
     name: str
     in_place: bool  # host memory is device memory: nothing is copied, nothing here is called
+    torch_device: torch.device  # of the memory that `empty` gives
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raises UserError where the device cannot compute with `dtype`."""
 
     def empty(self, n_bytes: int) -> torch.Tensor:
-        """Device memory as uint8, for buffers made before the first step."""
+        """Device memory as uint8, for buffers made before the first step.
 
-    def copy(self, stream: Stream, dst: torch.Tensor, src: torch.Tensor) -> None:
-        """Queue dst <- src (uint8, same length)."""
+        Raises MemoryBudgetError when there is not so much.
+        """
+
+    def host_empty(self, n_bytes: int) -> torch.Tensor:
+        """Host memory as uint8 that copies run from and to at the link's full rate; of this size
+        exactly, the device's until `close`."""
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a host tensor for what is computed from now on; `tensor` may be changed at
+        once. Where host memory is device memory it is `tensor` itself."""
+
+    def copy(self, stream: Stream, dst: torch.Tensor, src: torch.Tensor, name: str = "") -> None:
+        """Queue dst <- src (uint8, same length). `name` is for the timeline."""
 
     def record(self, stream: Stream) -> Event:
         """The point after all work queued on `stream` so far."""
@@ -44,8 +61,18 @@ class Device(Protocol):
     def synchronize(self, event: Event) -> None:
         """Block the host until `event`."""
 
-    def computed(self, n_flops: float, reads: Sequence[torch.Tensor]) -> None:
+    def computed(self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "") -> None:
         """Tell that arithmetic reading these buffers was queued on the compute stream."""
 
     def stall_s(self) -> float:
-        """Seconds the compute stream has waited for copies since the last call."""
+        """Seconds the compute stream has waited for copies since the last call; 0 where that is
+        not measured."""
+
+    def start_timeline(self) -> None:
+        """Note every copy and computation from now on."""
+
+    def take_timeline(self) -> list[Span]:
+        """What was noted since, in the order it was queued; blocks until it has run. Stops."""
+
+    def close(self) -> None:
+        """After the last step: give back what the system holds for us."""

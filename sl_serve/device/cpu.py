@@ -7,16 +7,28 @@ from collections.abc import Sequence
 import torch
 
 from sl_serve.device.base import Event, Stream
+from sl_serve.device.timeline import Span
+from sl_serve.host_memory import host_empty
 
 
 class CpuDevice:
     name = "cpu"
     in_place = True
+    torch_device = torch.device("cpu")
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        pass
 
     def empty(self, n_bytes: int) -> torch.Tensor:
         return torch.empty(n_bytes, dtype=torch.uint8)
 
-    def copy(self, stream: Stream, dst: torch.Tensor, src: torch.Tensor) -> None:
+    def host_empty(self, n_bytes: int) -> torch.Tensor:
+        return host_empty(n_bytes)
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def copy(self, stream: Stream, dst: torch.Tensor, src: torch.Tensor, name: str = "") -> None:
         raise AssertionError("nothing is copied where host memory is device memory")
 
     def record(self, stream: Stream) -> Event:
@@ -28,8 +40,17 @@ class CpuDevice:
     def synchronize(self, event: Event) -> None:
         raise AssertionError("nothing is queued where host memory is device memory")
 
-    def computed(self, n_flops: float, reads: Sequence[torch.Tensor]) -> None:
+    def computed(self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "") -> None:
         pass
 
     def stall_s(self) -> float:
         return 0.0
+
+    def start_timeline(self) -> None:
+        pass
+
+    def take_timeline(self) -> list[Span]:
+        return []
+
+    def close(self) -> None:
+        pass

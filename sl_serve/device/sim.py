@@ -24,7 +24,9 @@ from dataclasses import dataclass
 import torch
 
 from sl_serve.device.base import Event, Stream
+from sl_serve.device.timeline import Span
 from sl_serve.errors import SlServeError
+from sl_serve.host_memory import host_empty
 
 
 class SlotReuseError(SlServeError):
@@ -62,19 +64,31 @@ class _Queue:
 class SimDevice:
     name = "sim"
     in_place = False
+    torch_device = torch.device("cpu")
 
     def __init__(self, profile: HardwareProfile = PCIE4_A100) -> None:
         self.profile = profile
+        self._spans: list[Span] = []
+        self._zero_s: float | None = None  # where a timeline starts
         self._queues = {s: _Queue(deque()) for s in Stream}
         self._read_until_s: dict[int, float] = {}  # buffer address -> end of its last reading
         self._stall_s = 0.0
         self.n_bytes_down = 0
         self.n_bytes_up = 0
 
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        pass
+
     def empty(self, n_bytes: int) -> torch.Tensor:
         return torch.full((n_bytes,), 0xFF, dtype=torch.uint8)
 
-    def copy(self, stream: Stream, dst: torch.Tensor, src: torch.Tensor) -> None:
+    def host_empty(self, n_bytes: int) -> torch.Tensor:
+        return host_empty(n_bytes)
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    def copy(self, stream: Stream, dst: torch.Tensor, src: torch.Tensor, name: str = "") -> None:
         assert dst.shape == src.shape, f"{dst.shape} <- {src.shape}"
         queue = self._queues[stream]
         read_until_s = self._read_until_s.get(dst.untyped_storage().data_ptr(), 0.0)
@@ -91,7 +105,7 @@ class SimDevice:
         else:
             rate = self.profile.up_bytes_per_s
             self.n_bytes_up += dst.numel()
-        queue.time_s += dst.numel() / rate
+        self._spend(stream, name, dst.numel() / rate)
 
     def record(self, stream: Stream) -> SimEvent:
         queue = self._queues[stream]
@@ -113,17 +127,36 @@ class SimDevice:
             dst.copy_(src)
             queue.n_done += 1
 
-    def computed(self, n_flops: float, reads: Sequence[torch.Tensor]) -> None:
-        queue = self._queues[Stream.COMPUTE]
-        queue.time_s += n_flops / self.profile.flops_per_s
+    def computed(self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "") -> None:
+        self._spend(Stream.COMPUTE, name, n_flops / self.profile.flops_per_s)
         for buffer in reads:
-            self._read_until_s[buffer.untyped_storage().data_ptr()] = queue.time_s
+            address = buffer.untyped_storage().data_ptr()
+            self._read_until_s[address] = self._queues[Stream.COMPUTE].time_s
 
     def stall_s(self) -> float:
         stall_s, self._stall_s = self._stall_s, 0.0
         return stall_s
 
+    def start_timeline(self) -> None:
+        self._spans, self._zero_s = [], self.time_s
+
+    def take_timeline(self) -> list[Span]:
+        self._zero_s = None
+        return self._spans
+
+    def close(self) -> None:
+        pass
+
     @property
     def time_s(self) -> float:
         """Virtual time at which everything queued so far is done."""
         return max(q.time_s for q in self._queues.values())
+
+    def _spend(self, stream: Stream, name: str, seconds: float) -> None:
+        """The stream is busy for that long."""
+        queue = self._queues[stream]
+        start_s = queue.time_s
+        queue.time_s += seconds
+        if self._zero_s is not None:
+            start_s, stop_s = start_s - self._zero_s, queue.time_s - self._zero_s
+            self._spans.append(Span(stream.name.lower(), name, start_s, stop_s))

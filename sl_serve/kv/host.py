@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
+
 from sl_serve.core import SubBatchPlan
-from sl_serve.host_memory import host_empty
+from sl_serve.host_memory import Allocate, host_empty
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.pool import Slab
-from sl_serve.kv.rows import RowTable, row_table
+from sl_serve.kv.rows import Int64Array, RowTable, row_table
 from sl_serve.ops import KVRegion
 
 
@@ -24,9 +26,9 @@ class PrefixPart(NamedTuple):
 class HostKV:
     """The bytes of all chunks, allocated before the first step."""
 
-    def __init__(self, spec: KVSpec, n_chunks: int) -> None:
+    def __init__(self, spec: KVSpec, n_chunks: int, allocate: Allocate = host_empty) -> None:
         self.spec = spec
-        self.memory = host_empty(n_chunks * spec.chunk_bytes)
+        self.memory = allocate(n_chunks * spec.chunk_bytes)
 
     def table(self, plan: SubBatchPlan, slabs: Mapping[int, Slab]) -> RowTable:
         """The sub-batch's rows, relative to a layer's first region."""
@@ -48,6 +50,20 @@ class HostKV:
 
     def region(self, layer: int) -> KVRegion:
         return KVRegion(self.memory, layer * self.spec.chunk_layer_bytes)
+
+    def scatter(self, layer: int, offsets: Int64Array, tokens: torch.Tensor) -> None:
+        """Put K and V of new tokens, bytes of (T, 2, Hk, D), where `offsets` (T, 2) says, in
+        "position" order.
+
+        A line is all heads of K or of V of one token. As opaque items, each is one memmove: 14
+        GB/s on one core for 2 KiB lines, where torch's indexed writes of 16-bit numbers reach 0.7.
+        """
+        assert self.spec.order == "position"
+        line_bytes = self.spec.token_layer_bytes // 2
+        line = f"V{line_bytes}"
+        lines = self.memory.numpy().view(line)
+        base = layer * self.spec.chunk_layer_bytes
+        lines[(offsets.reshape(-1) + base) // line_bytes] = tokens.numpy().view(line)
 
     def prefix(self, plan: SubBatchPlan, slabs: Mapping[int, Slab]) -> list[PrefixPart]:
         """What the sub-batch has cached, chunk by chunk, and where a window holds it.

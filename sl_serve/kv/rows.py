@@ -39,6 +39,16 @@ class RowTable:
     rows: Int64Array
     chunks: Int64Array
 
+    def new_token_offsets(self) -> Int64Array:
+        """(T, 2) bytes from the base to the keys and to the values of each new token."""
+        n_new = self.rows[:, 1]
+        each = np.repeat(self.rows, n_new, axis=0)
+        first_token, _, start, positions, first_chunk, kv_stride, _, position_stride = each.T
+        position = start + np.arange(len(each)) - first_token
+        chunk, within = np.divmod(position, positions)
+        keys = self.chunks[first_chunk + chunk] + within * position_stride
+        return np.stack((keys, keys + kv_stride), axis=1)
+
 
 def row_table(
     spec: KVSpec, works: Sequence[RowWork], slabs: Mapping[int, Slab], chunk_offsets: ChunkOffsets

@@ -14,7 +14,7 @@ from sl_serve.kv.access import CellKV
 from sl_serve.kv.host import HostKV, PrefixPart
 from sl_serve.kv.layout import HOST_STAGING_BUFFERS, n_windows
 from sl_serve.kv.pool import Slab
-from sl_serve.kv.rows import RowTable
+from sl_serve.kv.rows import Int64Array, RowTable
 from sl_serve.ops import KVRegion, Ops
 
 
@@ -27,9 +27,10 @@ class _Arrival(NamedTuple):
     """New tokens that are on their way to `staging` on the host, and where they go then."""
 
     event: Event
-    staging: torch.Tensor  # (T, 2, Hk, D)
+    staging: torch.Tensor  # uint8
+    n_bytes: int
     layer: int
-    table: RowTable
+    offsets: Int64Array
 
 
 class WindowedKV:
@@ -65,13 +66,13 @@ class WindowedKV:
             for _ in range(n_windows(look_ahead))
         ]
         self._free_staging = deque(
-            torch.empty(staging_bytes, dtype=torch.uint8) for _ in range(HOST_STAGING_BUFFERS)
+            device.host_empty(staging_bytes) for _ in range(HOST_STAGING_BUFFERS)
         )
         self._arrivals: deque[_Arrival] = deque()
         self._computed: list[Event | None] = [None] * len(self._windows)
         self._stored: list[Event | None] = [None] * len(self._windows)
         self._loaded: list[Event | None] = [None] * len(self._windows)
-        self._host_tables: list[RowTable] = []
+        self._host_offsets: list[Int64Array] = []  # where the step's new tokens belong
         self._window_tables: list[RowTable] = []
         self._prefixes: list[list[PrefixPart]] = []
         self._n_cells = 0
@@ -82,9 +83,11 @@ class WindowedKV:
     def begin(self, sub_batches: Sequence[SubBatchPlan], slabs: Mapping[int, Slab]) -> None:
         while self._arrivals:
             self._scatter_oldest()
-        self._host_tables = [self._host.table(s, slabs) for s in sub_batches]
+        self._host_offsets = [self._host.table(s, slabs).new_token_offsets() for s in sub_batches]
         self._prefixes = [self._host.prefix(s, slabs) for s in sub_batches]
-        self._window_tables = [self._host.window_table(s, slabs) for s in sub_batches]
+        self._window_tables = [
+            self._ops.prepare(self._host.window_table(s, slabs), self._spec) for s in sub_batches
+        ]
         self._n_cells = len(sub_batches) * self._spec.n_layers
         self._next_fetch = 0
 
@@ -107,16 +110,17 @@ class WindowedKV:
         n_bytes = k.nbytes + v.nbytes
         staged = self._windows[index].staging[:n_bytes]
         torch.stack((k, v), dim=1, out=self._tokens(staged, len(k)))
-        self._device.computed(0.0, (self._windows[index].memory,))
+        self._device.computed(0.0, (self._windows[index].memory,), "attention")
         self._computed[index] = computed = self._device.record(Stream.COMPUTE)
         self._device.wait(Stream.STORE, computed)
         if not self._free_staging:
             self._scatter_oldest()
         arriving = self._free_staging.popleft()
-        self._device.copy(Stream.STORE, arriving[:n_bytes], staged)
+        self._device.copy(Stream.STORE, arriving[:n_bytes], staged, "new KV")
         self._stored[index] = event = self._device.record(Stream.STORE)
-        layer, sub_batch = divmod(cell, len(self._host_tables))
-        self._arrivals.append(_Arrival(event, arriving, layer, self._host_tables[sub_batch]))
+        layer, sub_batch = divmod(cell, len(self._host_offsets))
+        offsets = self._host_offsets[sub_batch]
+        self._arrivals.append(_Arrival(event, arriving, n_bytes, layer, offsets))
         self.n_bytes_up += n_bytes
 
     def _fetch(self, cell: int) -> None:
@@ -124,7 +128,7 @@ class WindowedKV:
         computed = self._computed[index]
         if computed is not None:
             self._device.wait(Stream.LOAD, computed)
-        layer, sub_batch = divmod(cell, len(self._host_tables))
+        layer, sub_batch = divmod(cell, len(self._host_offsets))
         host, window = self._host.region(layer), self._windows[index].memory
         for part in self._prefixes[sub_batch]:
             if part.size_bytes == 0:
@@ -134,6 +138,7 @@ class WindowedKV:
                 Stream.LOAD,
                 window[part.window_offset_bytes : part.window_offset_bytes + part.size_bytes],
                 host.memory[start : start + part.size_bytes],
+                "KV prefix",
             )
             self.n_bytes_down += part.size_bytes
         self._loaded[index] = self._device.record(Stream.LOAD)
@@ -141,9 +146,7 @@ class WindowedKV:
     def _scatter_oldest(self) -> None:
         arrival = self._arrivals.popleft()
         self._device.synchronize(arrival.event)
-        n_tokens = int(arrival.table.rows[-1, :2].sum())
-        k, v = self._tokens(arrival.staging, n_tokens).unbind(1)
-        self._ops.append(self._host.region(arrival.layer), arrival.table, k, v)
+        self._host.scatter(arrival.layer, arrival.offsets, arrival.staging[: arrival.n_bytes])
         self._free_staging.append(arrival.staging)
 
     def _tokens(self, staging: torch.Tensor, n_tokens: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """One file per family, named as Hugging Face's `model_type`: a set of pure functions.
 
-A family states its tensors (`layer_params`, `static_tensors`) and its arithmetic (`block`).
-Weights, activations and the past come as arguments; nothing is kept.
+A family states its tensors (`layer_params`, `static_tensors`) and its arithmetic
+(`hidden_states`, `block`, `head_input`). Weights, activations and the past come as arguments;
+nothing is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from sl_serve.errors import ModelError
 from sl_serve.ops import Ops
 from sl_serve.weights.layout import LayerWeights, Param
 
-SHARED_MODULES = frozenset({"rope"})
+SHARED_MODULES = frozenset({"parts", "rope"})
+
+
+# Our name -> (checkpoint name, shape): "embed", "head", and what else stands outside the layers.
+StaticTensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class RopeTable(NamedTuple):
@@ -36,8 +41,22 @@ class Family(Protocol):
     def layer_params(self, config: ModelConfig) -> tuple[Param, ...]:
         """The tensors of one layer, in image order."""
 
-    def static_tensors(self, config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Our name -> (checkpoint name, shape) of "embed", "final_norm" and "head"."""
+    def static_tensors(self, config: ModelConfig) -> StaticTensors:
+        """Our name -> (checkpoint name, shape) of what is in no layer: "embed" and "head", both
+        (vocabulary, width), and whatever else `hidden_states` and `head_input` need. Matrices
+        are (out, in). Equal checkpoint names share one tensor."""
+
+    def hidden_states(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        w: LayerWeights,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """What enters the first layer, (T, hidden). `tokens` (T, width) are rows of "embed" in
+        the compute dtype, in memory of their own; `positions` (T,) int64; `w` has the static
+        tensors, in the storage dtype."""
 
     def block(
         self,
@@ -45,15 +64,15 @@ class Family(Protocol):
         ops: Ops,
         w: LayerWeights,
         x: torch.Tensor,
-        rope: RopeTable,
+        rope: RopeTable | None,
         attend: Attend,
     ) -> None:
-        """Pass x (T, hidden) through one layer, in place."""
+        """Pass x (T, hidden) through one layer, in place. `rope` is None where config.rope is."""
 
     def head_input(
         self, config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor
     ) -> torch.Tensor:
-        """What the head is applied to: x (n, hidden) after the final norm."""
+        """What the head is applied to, (n, width): x (n, hidden) after the final norm."""
 
 
 def supported_families() -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from sl_serve.config import ModelConfig
-from sl_serve.models import Attend, RopeTable
+from sl_serve.models import Attend, RopeTable, StaticTensors
+from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
 from sl_serve.ops import Ops
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -14,30 +15,21 @@ PREFIX = "model.layers.{layer}."
 
 def layer_params(config: ModelConfig) -> tuple[Param, ...]:
     hidden, inner = config.hidden_size, config.intermediate_size
-    qkv = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
     attn, mlp = PREFIX + "self_attn.", PREFIX + "mlp."
-    params = [
-        _vector("input_norm", {PREFIX + "input_layernorm.weight": hidden}),
-        _matrix("qkv", hidden, {f"{attn}{n}.weight": size for n, size in qkv.items()}),
-        _matrix("o", config.q_size, {attn + "o_proj.weight": hidden}),
-        _vector("post_norm", {PREFIX + "post_attention_layernorm.weight": hidden}),
-        _matrix("gate_up", hidden, {f"{mlp}{n}.weight": inner for n in ("gate_proj", "up_proj")}),
-        _matrix("down", inner, {mlp + "down_proj.weight": hidden}),
-    ]
-    if config.attention_bias:
-        params += [
-            _vector("qkv_bias", {f"{attn}{n}.bias": size for n, size in qkv.items()}),
-            _vector("o_bias", {attn + "o_proj.bias": hidden}),
-        ]
-    if config.mlp_bias:
-        params += [
-            _vector("gate_up_bias", {f"{mlp}{n}.bias": inner for n in ("gate_proj", "up_proj")}),
-            _vector("down_bias", {mlp + "down_proj.bias": hidden}),
-        ]
-    return tuple(params)
+    qkv = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
+    qkv = {attn + name: size for name, size in qkv.items()}
+    gate_up = {mlp + name: inner for name in ("gate_proj", "up_proj")}
+    return (
+        vector_param("input_norm", PREFIX + "input_layernorm.weight", hidden),
+        *linear_params("qkv", hidden, qkv, config.attention_bias),
+        *linear_params("o", config.q_size, {attn + "o_proj": hidden}, config.attention_bias),
+        vector_param("post_norm", PREFIX + "post_attention_layernorm.weight", hidden),
+        *linear_params("gate_up", hidden, gate_up, config.mlp_bias),
+        *linear_params("down", inner, {mlp + "down_proj": hidden}, config.mlp_bias),
+    )
 
 
-def static_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+def static_tensors(config: ModelConfig) -> StaticTensors:
     embed = ("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     head = embed if config.tie_embeddings else ("lm_head.weight", embed[1])
     return {
@@ -47,14 +39,25 @@ def static_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]
     }
 
 
+def hidden_states(
+    config: ModelConfig,
+    ops: Ops,
+    w: LayerWeights,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    return tokens
+
+
 def block(
     config: ModelConfig,
     ops: Ops,
     w: LayerWeights,
     x: torch.Tensor,
-    rope: RopeTable,
+    rope: RopeTable | None,
     attend: Attend,
 ) -> None:
+    assert rope is not None
     h = ops.rms_norm(x, w["input_norm"], config.norm_eps)
     add_linear(ops, "o", x, attention(config, ops, w, h, rope, attend), w)
     h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
@@ -78,19 +81,3 @@ def attention(
 
 def head_input(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) -> torch.Tensor:
     return ops.rms_norm(x, w["final_norm"], config.norm_eps)
-
-
-def linear(ops: Ops, name: str, x: torch.Tensor, w: LayerWeights) -> torch.Tensor:
-    return ops.linear(name, x, w[name], w.get(f"{name}_bias"))
-
-
-def add_linear(ops: Ops, name: str, x: torch.Tensor, h: torch.Tensor, w: LayerWeights) -> None:
-    ops.add_linear_(x, h, w[name], w.get(f"{name}_bias"))
-
-
-def _matrix(name: str, n_in: int, outputs: dict[str, int]) -> Param:
-    return Param(name, (n_in, sum(outputs.values())), tuple(outputs), tuple(outputs.values()))
-
-
-def _vector(name: str, parts: dict[str, int]) -> Param:
-    return Param(name, (sum(parts.values()),), tuple(parts), tuple(parts.values()))

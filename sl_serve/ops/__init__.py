@@ -7,6 +7,7 @@ import logging
 import torch
 
 from sl_serve.config import DTypeName
+from sl_serve.device import Device
 from sl_serve.ops.protocol import KVRegion, Ops
 from sl_serve.ops.torch_ops import TorchOps
 
@@ -15,8 +16,13 @@ __all__ = ["KVRegion", "Ops", "TorchOps", "choose_ops"]
 logger = logging.getLogger(__name__)
 
 
-def choose_ops(dtype: DTypeName, n_threads: int, native: bool = True) -> Ops:
-    """The fastest operations for `dtype` on this machine; says once when they are the slow ones."""
+def choose_ops(
+    dtype: DTypeName, n_threads: int, native: bool = True, device: Device | None = None
+) -> Ops:
+    """The fastest operations for `dtype` on `device` (the processor, if none is given); says once
+    when they are the slow ones. Raises UserError if it cannot compute with `dtype`."""
+    if device is not None and not device.in_place:
+        return _device_ops(device, getattr(torch, dtype))
     if not native or dtype != "float32":
         return TorchOps(getattr(torch, dtype))
     try:
@@ -26,3 +32,10 @@ def choose_ops(dtype: DTypeName, n_threads: int, native: bool = True) -> Ops:
     except ImportError:
         logger.warning("the native core is not built: attention runs in plain torch, slower")
         return TorchOps()
+
+
+def _device_ops(device: Device, dtype: torch.dtype) -> Ops:
+    from sl_serve.ops.device_ops import DeviceOps, find_flash_attention
+
+    device.check_dtype(dtype)
+    return DeviceOps(device, dtype, find_flash_attention(device.torch_device, dtype))

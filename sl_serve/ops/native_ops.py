@@ -16,60 +16,50 @@ class NativeOps(TorchOps):
     """Raises ImportError where the core is not built, ValueError for an unknown target."""
 
     def __init__(self, n_threads: int, target: str | None = None) -> None:
-        from sl_serve._native import ROW_FIELDS, Core, targets
+        from sl_serve._native import ROW_FIELDS, Core, Dtype, targets
 
         assert len(FIELDS) == ROW_FIELDS, "rows.py and kernels.hpp disagree"
         target = target or targets()[0]
         self.name = f"native ({target})"
         super().__init__(torch.float32)
         self._core = Core(target, n_threads)
+        self._weight_dtypes = {getattr(torch, d.name): d for d in Dtype}
 
     def linear(
         self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        if len(x) == 1:
+        if w.stride(0) != 1:  # the kernel reads a checkpoint's rows, (out, in)
             return super().linear(name, x, w, bias)
         out = self._scratch(name, len(x), w.shape[1])
-        self._gemm(x, w, out, transposed=False, accumulate=False)
+        self._gemm(x, w.t(), out, accumulate=False)
         return out if bias is None else out.add_(bias)
 
     def add_linear_(
         self, x: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        if len(x) == 1:
+        if w.stride(0) != 1:
             super().add_linear_(x, h, w, bias)
             return
-        self._gemm(h, w, x, transposed=False, accumulate=True)
+        self._gemm(h, w.t(), x, accumulate=True)
         if bias is not None:
             x += bias
 
     def logits(self, x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
-        if len(x) == 1:
-            super().logits(x, head, out)
-        else:
-            self._gemm(x, head, out, transposed=True, accumulate=False)
+        self._gemm(x, head, out, accumulate=False)
 
-    def _gemm(
-        self,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        *,
-        transposed: bool,
-        accumulate: bool,
-    ) -> None:
-        """c = a b, or c += a b; b is (out, in) where `transposed`. Packing b pays from two rows."""
-        m, k = a.shape
-        n = b.shape[0 if transposed else 1]
-        assert b.shape == ((n, k) if transposed else (k, n)) and c.shape == (m, n)
-        for tensor in (a, b, c):
-            _check_lines(tensor)
+    def _gemm(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, accumulate: bool) -> None:
+        """c (m, n) = a (m, k) times b (n, k) transposed, or c += that; b in any weight dtype."""
+        (m, k), n = a.shape, len(b)
+        assert b.shape == (n, k) and c.shape == (m, n)
+        assert b.device.type == "cpu" and b.stride(1) == 1
+        _check_lines(a)
+        _check_lines(c)
         self._core.gemm(
             a.data_ptr(),
             a.stride(0),
             b.data_ptr(),
             b.stride(0),
-            transposed,
+            self._weight_dtypes[b.dtype],
             c.data_ptr(),
             c.stride(0),
             accumulate,
@@ -116,6 +106,7 @@ class NativeOps(TorchOps):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         assert x.is_contiguous() and weight.shape == x.shape[-1:]
+        weight = weight.float().contiguous()
         _check_lines(x)
         n_lines, width = x.shape
         out = self._scratch("norm", n_lines, width)

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import RowTable
 
 
@@ -24,6 +25,7 @@ class Ops(Protocol):
     """Shapes: T tokens of a sub-batch, Hq query heads, Hk KV heads, D head size."""
 
     name: str
+    dtype: torch.dtype  # of activations; weights may be shorter
 
     def linear(
         self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
@@ -37,6 +39,10 @@ class Ops(Protocol):
 
     def logits(self, x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
         """out (n, vocabulary) = x (n, hidden) @ head (vocabulary, hidden) transposed."""
+
+    def prepare(self, table: RowTable, spec: KVSpec) -> RowTable:
+        """The table of a device window with all that is looked up in it once per step; `append`
+        and `attend` get it for every layer. Tables of memory used in place are not prepared."""
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k, v (T, Hk, D) of the new tokens into their rows."""
@@ -55,3 +61,11 @@ class Ops(Protocol):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu of the first half of each line times the second: (T, 2 I) -> (T, I)."""
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """(x - mean) / sqrt(variance + eps) * weight (H) + bias (H), over lines of x (T, H)."""
+
+    def relu_(self, x: torch.Tensor) -> None:
+        """max(x, 0), in place."""

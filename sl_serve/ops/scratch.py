@@ -13,8 +13,8 @@ class Scratch:
     same name is asked for again.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self._dtype, self._device = dtype, device
         self._buffers: dict[str, torch.Tensor] = {}
 
     def __call__(self, name: str, n_lines: int, width: int) -> torch.Tensor:
@@ -22,5 +22,5 @@ class Scratch:
         n = n_lines * width
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < n:
-            buffer = self._buffers[name] = torch.empty(n, dtype=self._dtype)
+            buffer = self._buffers[name] = torch.empty(n, dtype=self._dtype, device=self._device)
         return buffer[:n].view(n_lines, width)

@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import FIELDS, Int64Array, RowTable
 from sl_serve.ops.protocol import KVRegion
 from sl_serve.ops.scratch import Scratch
+
+CONVERTED_COLUMNS = 1024  # of a stored weight at a time: the copy stays small beside the weight
 
 
 class TorchOps:
     name = "torch"
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self._scratch = Scratch(dtype)
 
     def linear(
         self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         out = self._scratch(name, len(x), w.shape[1])
-        return torch.mm(x, w, out=out) if bias is None else torch.addmm(bias, x, w, out=out)
+        for columns, part in self._converted(w):
+            if bias is None:
+                torch.mm(x, part, out=out[:, columns])
+            else:
+                torch.addmm(bias[columns].to(x.dtype), x, part, out=out[:, columns])
+        return out
 
     def add_linear_(
         self, x: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        x.addmm_(h, w)
+        for columns, part in self._converted(w):
+            x[:, columns].addmm_(h, part)
         if bias is not None:
             x += bias
 
     def logits(self, x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
-        torch.mm(x, head.t(), out=out)
+        for columns, part in self._converted(head.t()):
+            torch.mm(x, part, out=out[:, columns])
+
+    def _converted(self, w: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """w (in, out) in the dtype of the arithmetic: the whole, or copies of some columns."""
+        if w.dtype == self.dtype:
+            yield slice(None), w
+            return
+        for start in range(0, w.shape[1], CONVERTED_COLUMNS):
+            columns = slice(start, start + CONVERTED_COLUMNS)
+            part = w[:, columns].t()
+            yield columns, self._scratch("converted", *part.shape).copy_(part).t()
+
+    def prepare(self, table: RowTable, spec: KVSpec) -> RowTable:
+        return table
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
         n_kv_heads = k.shape[1]
@@ -77,6 +103,14 @@ class TorchOps:
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+
+    def relu_(self, x: torch.Tensor) -> None:
+        torch.relu_(x)
 
 
 def _rows(table: RowTable) -> list[tuple[dict[str, int], Int64Array]]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import psutil
 
-from sl_serve.errors import UserError
+from sl_serve.errors import MemoryBudgetError, UserError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -45,6 +45,23 @@ def available_bytes(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
             used = max(0, usage - _read_line(cgroup_root / files.statistics, files.reclaimable))
             free = min(free, max(0, limit - used))
     return int(free)
+
+
+def host_budget_bytes(ceiling_bytes: int | None) -> int:
+    """What may still be taken: all that is free, or what a ceiling on the whole process leaves.
+
+    Raises MemoryBudgetError for a ceiling that is not there.
+    """
+    free = available_bytes()
+    if ceiling_bytes is None:
+        return free
+    used = int(psutil.Process().memory_info().rss)
+    if ceiling_bytes - used > free:
+        raise MemoryBudgetError(
+            f"--host-memory asks for {gib(ceiling_bytes)}, {gib(free + used)} are there "
+            f"(the machine has {gib(psutil.virtual_memory().total)}); lower it, or leave it out"
+        )
+    return max(0, ceiling_bytes - used)
 
 
 def _read_int(path: Path) -> int | None:

@@ -39,6 +39,12 @@ class Budget:
         return self.weights_bytes + self.others_bytes + math.ceil(kv_bytes / self.kv_share)
 
 
+def holds_kv(config: EngineConfig, pools: KVPools, budget: Budget) -> bool:
+    """Whether the KV cache that is asked for, or the smallest, fits beside the rest."""
+    longest = min(config.max_model_len or 1, pools.model.max_positions)
+    return max(pools.bytes_for(longest), config.kv_memory_bytes or 0) <= budget.kv_bytes
+
+
 def kv_pool_bytes(config: EngineConfig, pools: KVPools, budget: Budget) -> int:
     """The size of the KV pool.
 
@@ -73,10 +79,16 @@ def kv_pool_bytes(config: EngineConfig, pools: KVPools, budget: Budget) -> int:
             f"one request of {asked} tokens needs {gib(needed)} of KV cache, {gib(most)} is there "
             f"for it; lower --max-model-len to {pools.tokens_in(most)}{more}"
         )
-    if given is not None:
-        return given
-    useful = pools.bytes_for(config.scheduler.max_rows * min(asked or longest, longest))
-    return min(useful, max(needed, int(left * KV_SHARE)))
+    return useful_kv_bytes(config, pools, max(needed, int(left * KV_SHARE)))
+
+
+def useful_kv_bytes(config: EngineConfig, pools: KVPools, most_bytes: int) -> int:
+    """What is asked for, or `most_bytes` as far as rows of full length can use it."""
+    if config.kv_memory_bytes is not None:
+        return config.kv_memory_bytes
+    longest = pools.model.max_positions
+    row_tokens = min(config.max_model_len or longest, longest)
+    return min(most_bytes, pools.bytes_for(config.scheduler.max_rows * row_tokens))
 
 
 def _too_large(config: EngineConfig, budget: Budget, kv_bytes: int) -> MemoryBudgetError:
@@ -85,5 +97,13 @@ def _too_large(config: EngineConfig, budget: Budget, kv_bytes: int) -> MemoryBud
     return MemoryBudgetError(
         f"the model needs {gib(needed)} ({gib(budget.weights_bytes)} weights in {config.dtype}), "
         f"{gib(budget.usable_bytes)} of {gib(budget.available_bytes)} free memory may be used; "
-        f"free some until {exact_size(enough)} are free, or choose a smaller model"
+        f"{_way_out(config, budget, enough)}, or choose a smaller model"
     )
+
+
+def _way_out(config: EngineConfig, budget: Budget, enough_bytes: int) -> str:
+    if config.host_memory_bytes is not None:
+        more = config.host_memory_bytes - budget.available_bytes + enough_bytes
+        more = -(-more // MIB) * MIB
+        return f"raise --host-memory to {exact_size(more)}"
+    return f"free some until {exact_size(enough_bytes)} are free"

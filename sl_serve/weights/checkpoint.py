@@ -11,6 +11,7 @@ import torch
 from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.tokenizer import Tokenizer
+from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.gguf_file import GgufCheckpoint
 from sl_serve.weights.hf_folder import HfFolder
 
@@ -32,6 +33,14 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """A CPU tensor of that shape, to be copied from and not written to: in the stored float
         dtype from safetensors, float32 from GGUF. Safe to call from several threads."""
+        ...
+
+    def location(self, name: str) -> FileRange | None:
+        """Where a file holds exactly what `read` gives, or None if none does."""
+        ...
+
+    def drop_pages(self) -> None:
+        """Files that were mapped and read no longer count as this process's memory."""
         ...
 
     def load_tokenizer(self) -> Tokenizer: ...

@@ -13,6 +13,7 @@ import torch
 
 from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.tokenizer import Tokenizer
+from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.gguf_config import (
     ROPE_FACTORS,
     hugging_face_names,
@@ -52,6 +53,13 @@ class GgufCheckpoint:
         elif name.endswith(("k_proj.weight", "k_proj.bias")):
             array = self._unpermuted(name, array, self.config.n_kv_heads)
         return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+    def location(self, name: str) -> FileRange | None:
+        return None  # quantised, or rows in another order
+
+    def drop_pages(self) -> None:
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def load_tokenizer(self) -> Tokenizer:
         return load_gguf_tokenizer(self._header.settings, self.config, str(self.path))

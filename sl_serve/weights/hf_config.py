@@ -40,9 +40,6 @@ def _llama(fields: Fields, generation: Fields) -> ModelConfig:
     max_positions = fields.integer("max_position_embeddings", 2048)
     head_dim = fields.integer("head_dim", hidden_size // n_heads)
     check_heads(n_heads, n_kv_heads, head_dim, fields.source)
-    eos_token_ids = _token_ids(fields, "eos_token_id", vocab_size)
-    eos_token_ids |= _token_ids(generation, "eos_token_id", vocab_size)
-    bos_token_ids = _token_ids(fields, "bos_token_id", vocab_size)
     return ModelConfig(
         family=fields.text("model_type"),
         n_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
@@ -59,8 +56,43 @@ def _llama(fields: Fields, generation: Fields) -> ModelConfig:
         attention_bias=fields.boolean("attention_bias", False),
         mlp_bias=fields.boolean("mlp_bias", False),
         dtype=_stored_dtype(fields),
-        eos_token_ids=tuple(sorted(eos_token_ids)),
-        bos_token_id=min(bos_token_ids, default=None),
+        eos_token_ids=_eos_token_ids(fields, generation, vocab_size),
+        bos_token_id=_bos_token_id(fields, vocab_size),
+    )
+
+
+def _opt(fields: Fields, generation: Fields) -> ModelConfig:
+    fields.only("activation_function", "relu")
+    fields.only("layer_norm_elementwise_affine", True)
+    n_heads = fields.integer("num_attention_heads")
+    hidden_size = fields.integer("hidden_size")
+    if hidden_size % n_heads:
+        raise ModelError(f"{fields.source}: {n_heads} heads cannot share {hidden_size} elements")
+    vocab_size = fields.integer("vocab_size")
+    norm_first = fields.boolean("do_layer_norm_before", True)
+    has_biases = fields.boolean("enable_bias", True)
+    embed_size = fields.integer("word_embed_proj_dim", hidden_size)
+    return ModelConfig(
+        family=fields.text("model_type"),
+        n_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("ffn_dim"),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=hidden_size // n_heads,
+        vocab_size=vocab_size,
+        max_positions=fields.integer("max_position_embeddings", 2048),
+        norm_eps=1e-5,  # the same in all of them, and not among the settings
+        rope=None,
+        tie_embeddings=fields.boolean("tie_word_embeddings", True),
+        attention_bias=has_biases,
+        mlp_bias=has_biases,
+        norm_first=norm_first,
+        final_norm=norm_first and not fields.boolean("_remove_final_layer_norm", False),
+        embed_size=None if embed_size == hidden_size else embed_size,
+        dtype=_stored_dtype(fields),
+        eos_token_ids=_eos_token_ids(fields, generation, vocab_size),
+        bos_token_id=_bos_token_id(fields, vocab_size),
     )
 
 
@@ -92,6 +124,15 @@ def _rope(fields: Fields, max_positions: int) -> RopeConfig:
     )
 
 
+def _eos_token_ids(fields: Fields, generation: Fields, vocab_size: int) -> tuple[int, ...]:
+    ids = _token_ids(fields, "eos_token_id", vocab_size)
+    return tuple(sorted(ids | _token_ids(generation, "eos_token_id", vocab_size)))
+
+
+def _bos_token_id(fields: Fields, vocab_size: int) -> int | None:
+    return min(_token_ids(fields, "bos_token_id", vocab_size), default=None)
+
+
 def _token_ids(fields: Fields, key: str, vocab_size: int) -> set[int]:
     """One id, a list of ids or nothing. Ids outside the vocabulary can never be drawn."""
     value = fields.get(key)
@@ -109,4 +150,4 @@ def _stored_dtype(fields: Fields) -> DTypeName:
     return _STORED_DTYPES[name]
 
 
-_DIALECTS: dict[str, Callable[[Fields, Fields], ModelConfig]] = {"llama": _llama}
+_DIALECTS: dict[str, Callable[[Fields, Fields], ModelConfig]] = {"llama": _llama, "opt": _opt}

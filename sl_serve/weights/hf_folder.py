@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.fields import read_json_object
+from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.hf_config import model_config_from_hf
 from sl_serve.weights.hf_tokenizer import load_hf_tokenizer
 from sl_serve.weights.safetensors_file import SafetensorsFile
@@ -27,38 +29,67 @@ class HfFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        generation_path = path / "generation_config.json"
-        generation = read_json_object(generation_path) if generation_path.is_file() else {}
-        config_path = path / "config.json"
-        self.config = model_config_from_hf(
-            read_json_object(config_path), generation, str(config_path)
-        )
-        self._files = _open_shards(path)
+        self.config = read_model_config(path)
+        self._tensors = _with_full_names(_open_shards(path))
 
     def names(self) -> Collection[str]:
-        return self._files.keys()
+        return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file(name).entries[name].shape
+        file, stored_name = self._find(name)
+        return file.entries[stored_name].shape
 
     def read(self, name: str) -> torch.Tensor:
         """In the stored dtype, over the mapped file: it must not be written to."""
-        tensor = self._file(name).read(name)
+        file, stored_name = self._find(name)
+        tensor = file.read(stored_name)
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{self.path}: {name} is stored as {tensor.dtype}, not as a float")
         return tensor
+
+    def location(self, name: str) -> FileRange | None:
+        file, stored_name = self._find(name)
+        entry = file.entries[stored_name]
+        return FileRange(file.path, entry.start, entry.stop - entry.start, entry.dtype)
+
+    def drop_pages(self) -> None:
+        for file in self._files:
+            file.drop_pages()
 
     def load_tokenizer(self) -> Tokenizer:
         return load_hf_tokenizer(self.path, self.config)
 
     def close(self) -> None:
-        for file in set(self._files.values()):
+        for file in self._files:
             file.close()
 
-    def _file(self, name: str) -> SafetensorsFile:
-        if name not in self._files:
+    @property
+    def _files(self) -> set[SafetensorsFile]:
+        return {file for file, _ in self._tensors.values()}
+
+    def _find(self, name: str) -> tuple[SafetensorsFile, str]:
+        if name not in self._tensors:
             raise CheckpointError(f"{self.path}: no tensor {name}")
-        return self._files[name]
+        return self._tensors[name]
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    generation_path = folder / "generation_config.json"
+    generation = read_json_object(generation_path) if generation_path.is_file() else {}
+    config_path = folder / "config.json"
+    return model_config_from_hf(read_json_object(config_path), generation, str(config_path))
+
+
+def _with_full_names(
+    files: Mapping[str, SafetensorsFile],
+) -> dict[str, tuple[SafetensorsFile, str]]:
+    """Name -> file and name there. Exports of a model without its head, among them early ones of
+    OPT, leave out the "model." that starts all names but the head's."""
+    bare = not any(name.startswith("model.") for name in files)
+    return {
+        f"model.{name}" if bare and not name.startswith("lm_head.") else name: (file, name)
+        for name, file in files.items()
+    }
 
 
 def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:

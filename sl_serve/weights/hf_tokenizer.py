@@ -15,6 +15,11 @@ from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.fields import read_json_object
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def has_hf_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _VOCABULARY_FILES)
 
 
 def load_hf_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:

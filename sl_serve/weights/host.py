@@ -1,46 +1,47 @@
-"""The host tier: every layer's image in one buffer, packed once while loading."""
+"""Weights in host memory: layer images, packed once while loading, and what is in no layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from sl_serve.host_memory import host_empty
+from sl_serve.host_memory import Allocate, host_empty
 from sl_serve.weights.checkpoint import Checkpoint, check_tensors
-from sl_serve.weights.layout import LayerLayout, LayerWeights, Param
-
-OnLayer = Callable[[], None]
+from sl_serve.weights.layout import LayerLayout, Param
 
 
 def source_name(template: str, layer: int) -> str:
     return template.replace("{layer}", str(layer))
 
 
-class HostWeights:
-    """`images[i]` are the bytes of layer i in the order of the device slot."""
+def host_images(
+    layout: LayerLayout, layers: Sequence[int], allocate: Allocate = host_empty
+) -> dict[int, torch.Tensor]:
+    """Memory for the images of some layers, in one buffer."""
+    return host_images_of(layout.image_bytes, layers, allocate)
 
-    def __init__(self, layout: LayerLayout, n_layers: int) -> None:
-        self.layout = layout
-        self.n_layers = n_layers
-        buffer = host_empty(n_layers * layout.image_bytes)
-        self.images = list(buffer.view(n_layers, layout.image_bytes))
 
-    @property
-    def n_bytes(self) -> int:
-        return self.n_layers * self.layout.image_bytes
+def host_images_of(
+    image_bytes: int, keys: Sequence[int], allocate: Allocate = host_empty
+) -> dict[int, torch.Tensor]:
+    buffer = allocate(max(1, len(keys) * image_bytes))
+    return {key: buffer[i * image_bytes : (i + 1) * image_bytes] for i, key in enumerate(keys)}
 
-    def load(self, checkpoint: Checkpoint, on_layer: OnLayer = lambda: None) -> None:
-        """Fill the images tensor by tensor: never more than one tensor beside them."""
-        for layer, image in enumerate(self.images):
-            views = self.layout.views(image)
-            for segment in self.layout.segments:
-                read_param(checkpoint, segment.param, layer, views[segment.param.name])
-            on_layer()
+
+def load_image(
+    checkpoint: Checkpoint, layout: LayerLayout, layer: int, image: torch.Tensor
+) -> None:
+    """Fill an image tensor by tensor: never more than one tensor beside it."""
+    views = layout.views(image)
+    for segment in layout.segments:
+        read_param(checkpoint, segment.param, layer, views[segment.param.name])
+    checkpoint.drop_pages()
 
 
 def read_param(checkpoint: Checkpoint, param: Param, layer: int, out: torch.Tensor) -> None:
-    """Write a parameter into `out`, joined, transposed and converted."""
+    """Write a parameter into `out`, joined and converted."""
     start = 0
     for source, rows in zip(param.sources, param.source_rows, strict=True):
         tensor = checkpoint.read(source_name(source, layer))
@@ -57,30 +58,21 @@ def expected_shapes(params: Sequence[Param], n_layers: int) -> dict[str, tuple[i
     }
 
 
-class StaticWeights:
-    """What is not in a layer: embedding table, final norm, head. Stays where it is computed with.
+def load_static(
+    checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What is in no layer: embedding table, final norm, head. `names`: ours -> the checkpoint's.
 
-    A tied head is the embedding table itself. Both are stored (vocabulary, hidden): rows are
-    gathered from one and dotted with by the other.
+    Equal checkpoint names share one tensor: a tied head is the embedding table itself. Both are
+    stored (vocabulary, hidden): rows are gathered from one and dotted with by the other.
     """
-
-    def __init__(self, tensors: LayerWeights) -> None:
-        self.tensors = tensors
-
-    @classmethod
-    def load(
-        cls, checkpoint: Checkpoint, names: dict[str, str], dtype: torch.dtype
-    ) -> StaticWeights:
-        """`names`: our name -> the checkpoint's. Equal checkpoint names share one tensor."""
-        read = {
-            source: checkpoint.read(source).to(dtype).contiguous() for source in set(names.values())
-        }
-        return cls({ours: read[source] for ours, source in names.items()})
-
-    @property
-    def n_bytes(self) -> int:
-        unique = {t.data_ptr(): t.nbytes for t in self.tensors.values()}
-        return sum(unique.values())
+    read: dict[str, torch.Tensor] = {}
+    for source in sorted(set(names.values())):
+        shape = checkpoint.shape(source)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        read[source] = host_empty(n_bytes).view(dtype).view(shape).copy_(checkpoint.read(source))
+        checkpoint.drop_pages()
+    return {ours: read[source] for ours, source in names.items()}
 
 
 def check_checkpoint(

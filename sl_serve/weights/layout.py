@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 ALIGNMENT_BYTES = 256  # of every segment: enough for any vector load and for device copies
+IMAGE_ALIGNMENT_BYTES = 4096  # of a whole image: direct reads of a file of images need no bounce
 
 LayerWeights = Mapping[str, torch.Tensor]
 
@@ -17,8 +18,9 @@ LayerWeights = Mapping[str, torch.Tensor]
 class Param:
     """A tensor as the arithmetic wants it, and the checkpoint tensors it is made of.
 
-    Matrices are stored (in, out), so that a layer computes `x @ w`; several sources are joined
-    along the output. Checkpoints store (out, in).
+    A layer computes `x @ w` with w (in, out). In memory a matrix is (out, in), as checkpoints
+    store it: loading is a copy, a checkpoint's own file can serve as the disk tier, and several
+    sources joined along the output are simply one after another.
     """
 
     name: str
@@ -33,6 +35,13 @@ class Param:
     def source_shape(self, i: int) -> tuple[int, ...]:
         rows = self.source_rows[i]
         return (rows, self.shape[0]) if self.is_matrix else (rows,)
+
+    def seen(self, elements: torch.Tensor) -> torch.Tensor:
+        """The parameter's elements, one after another in memory, in the parameter's shape."""
+        if self.is_matrix:
+            n_in, n_out = self.shape
+            return elements.view(n_out, n_in).t()
+        return elements.view(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +62,14 @@ class LayerLayout:
             size = math.prod(param.shape) * dtype.itemsize
             self.segments.append(Segment(param, end, size))
             end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        self.image_bytes = end
+        self.image_bytes = -(-end // IMAGE_ALIGNMENT_BYTES) * IMAGE_ALIGNMENT_BYTES
 
     def views(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Named tensors over an image's bytes (uint8). Made once per slot, never in a step."""
+        """Named tensors over an image's bytes (uint8). Made once per image, never in a step."""
         assert image.numel() == self.image_bytes
         return {
-            s.param.name: image[s.offset_bytes : s.offset_bytes + s.size_bytes]
-            .view(self.dtype)
-            .view(s.param.shape)
+            s.param.name: s.param.seen(
+                image[s.offset_bytes : s.offset_bytes + s.size_bytes].view(self.dtype)
+            )
             for s in self.segments
         }

@@ -80,6 +80,11 @@ class SafetensorsFile:
         flat = torch.frombuffer(source, dtype=entry.dtype, count=count, offset=start)
         return flat.reshape(entry.shape)
 
+    def drop_pages(self) -> None:
+        """Pages brought in by reading leave this process; the kernel may keep them cached."""
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Lets go of the mapping; it ends when the last tensor over it does."""
         self._mapping = None

@@ -6,13 +6,16 @@ always the next number and the last layer of a step looks ahead to the first of 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from sl_serve.device import Device, Event, Stream
-from sl_serve.weights.host import HostWeights
-from sl_serve.weights.layout import LayerWeights
+from sl_serve.host_memory import host_empty
+from sl_serve.weights.layout import LayerLayout, LayerWeights
+from sl_serve.weights.store import LayerStore
 
 
 class WeightSource(Protocol):
@@ -37,26 +40,31 @@ class WeightSource(Protocol):
 
 
 class InPlaceWeights:
-    """Layers used where they lie."""
+    """Layers used where they lie: in host memory, or in the disk tier's ring."""
 
-    def __init__(self, host: HostWeights) -> None:
-        self.layer_bytes = host.layout.image_bytes
-        self._images: list[torch.Tensor] = host.images
-        self._views = [host.layout.views(image) for image in host.images]
+    def __init__(self, store: LayerStore) -> None:
+        self.layer_bytes = store.layout.image_bytes
+        self._store = store
+        self._views: dict[int, LayerWeights] = {}  # by address: images and slots are few
+        self._image: torch.Tensor | None = None
         self._n_acquired = 0
 
     def acquire(self) -> LayerWeights:
+        self._image = image = self._store.acquire(self._n_acquired % self._store.n_layers)
         self._n_acquired += 1
-        return self._views[(self._n_acquired - 1) % len(self._views)]
+        if image.data_ptr() not in self._views:
+            self._views[image.data_ptr()] = self._store.layout.views(image)
+        return self._views[image.data_ptr()]
 
     def advance(self, part: int, n_parts: int) -> None:
         pass
 
     def release(self) -> None:
-        pass
+        self._store.release((self._n_acquired - 1) % self._store.n_layers)
 
     def buffer(self) -> torch.Tensor:
-        return self._images[(self._n_acquired - 1) % len(self._images)]
+        assert self._image is not None
+        return self._image
 
     @property
     def n_bytes_moved(self) -> int:
@@ -64,32 +72,50 @@ class InPlaceWeights:
 
 
 class StreamedWeights:
-    """A ring of look_ahead + 1 device slots filled from the host images.
+    """A ring of look_ahead + 1 device slots filled from a store, beside layers that stay on the
+    device; units are counted without those.
 
     Order. Unit u lives in slot u mod n_slots. Its copy waits on the load stream for `released`
     of that slot, the event after the last computation that read unit u - n_slots; computation
     waits for `loaded`, the event after the copy's last share. While unit u computes, units up to
     u + look_ahead - 1 are queued whole and unit u + look_ahead, whose slot was freed by u - 1,
-    follows in as many shares as there are cells, so that KV copies queued between them never
-    wait for a whole layer. With look_ahead 0 a unit is queued when it is acquired: the serial
-    twin.
+    follows in as many shares as there are cells until u + 1, resident layers included, so that KV
+    copies queued between them never wait for a whole layer. With look_ahead 0 a unit is queued
+    when it is acquired: the serial twin.
     """
 
-    def __init__(self, device: Device, host: HostWeights, look_ahead: int) -> None:
-        self.layer_bytes = host.layout.image_bytes
+    def __init__(
+        self,
+        device: Device,
+        store: LayerStore,
+        look_ahead: int,
+        resident: Mapping[int, torch.Tensor] | None = None,
+    ) -> None:
+        """`store` has the streamed layers, `resident` the images of the others."""
+        self.layer_bytes = store.layout.image_bytes
         self.look_ahead = look_ahead
         self._device = device
-        self._images = host.images
-        n_slots = look_ahead + 1
+        self._store = store
+        self._resident = dict(resident or {})
+        self._resident_views = {i: store.layout.views(m) for i, m in self._resident.items()}
+        n_layers = store.n_layers + len(self._resident)
+        self._streamed = [i for i in range(n_layers) if i not in self._resident]
+        self._phases = [_phase(i, self._streamed, n_layers) for i in range(n_layers)]
+        n_slots = look_ahead + 1 if self._streamed else 0
         self._slots = [device.empty(self.layer_bytes) for _ in range(n_slots)]
-        self._views = [host.layout.views(slot) for slot in self._slots]
+        self._views = [store.layout.views(slot) for slot in self._slots]
         self._released: list[Event | None] = [None] * n_slots
         self._loaded: list[Event | None] = [None] * n_slots
-        self._unit = -1  # the acquired one
+        self._layer = -1  # the acquired one
+        self._unit = -1  # the last streamed one that was acquired
         self._filling = 0  # the unit whose copy is being queued
         self._filled_bytes = 0  # how much of it is
+        self._image: torch.Tensor | None = None  # what it is copied from
 
     def acquire(self) -> LayerWeights:
+        self._layer = (self._layer + 1) % len(self._phases)
+        if self._layer in self._resident:
+            return self._resident_views[self._layer]
         self._unit += 1
         self._queue_until(self._unit + 1, 0)
         slot = self._slot(self._unit)
@@ -99,14 +125,19 @@ class StreamedWeights:
         return self._views[slot]
 
     def advance(self, part: int, n_parts: int) -> None:
-        if self.look_ahead:
-            share = self.layer_bytes * (part + 1) // n_parts
+        if self.look_ahead and self._streamed:
+            n_before, n_layers = self._phases[self._layer]
+            n_cells = n_before * n_parts + part + 1
+            share = self.layer_bytes * n_cells // (n_layers * n_parts)
             self._queue_until(self._unit + self.look_ahead, share)
 
     def release(self) -> None:
-        self._released[self._slot(self._unit)] = self._device.record(Stream.COMPUTE)
+        if self._layer not in self._resident:
+            self._released[self._slot(self._unit)] = self._device.record(Stream.COMPUTE)
 
     def buffer(self) -> torch.Tensor:
+        if self._layer in self._resident:
+            return self._resident[self._layer]
         return self._slots[self._slot(self._unit)]
 
     @property
@@ -133,18 +164,59 @@ class StreamedWeights:
         if end_bytes <= self._filled_bytes:
             return
         slot = self._slot(self._filling)
-        released = self._released[slot]
-        if self._filled_bytes == 0 and released is not None:
-            self._device.wait(Stream.LOAD, released)
-        image = self._images[self._filling % len(self._images)]
+        layer = self._streamed[self._filling % len(self._streamed)]
+        if self._filled_bytes == 0:
+            self._image = self._store.acquire(layer)
+            released = self._released[slot]
+            if released is not None:
+                self._device.wait(Stream.LOAD, released)
+        assert self._image is not None
         share = slice(self._filled_bytes, end_bytes)
-        self._device.copy(Stream.LOAD, self._slots[slot][share], image[share])
+        self._device.copy(Stream.LOAD, self._slots[slot][share], self._image[share], "weights")
         self._filled_bytes = end_bytes
         if end_bytes == self.layer_bytes:
-            self._loaded[slot] = self._device.record(Stream.LOAD)
+            self._loaded[slot] = loaded = self._device.record(Stream.LOAD)
+            self._store.release(layer, partial(self._device.synchronize, loaded))
             self._filling += 1
             self._filled_bytes = 0
 
 
-def weight_source(device: Device, host: HostWeights, look_ahead: int) -> WeightSource:
-    return InPlaceWeights(host) if device.in_place else StreamedWeights(device, host, look_ahead)
+def _phase(layer: int, streamed: list[int], n_layers: int) -> tuple[int, int]:
+    """Layers since the last streamed one, and from that to the next one, around the end."""
+    if not streamed:
+        return 0, n_layers
+    last = max((i for i in streamed if i <= layer), default=streamed[-1] - n_layers)
+    after = min((i for i in streamed if i > layer), default=streamed[0] + n_layers)
+    return layer - last, after - last
+
+
+def load_resident(
+    device: Device,
+    layout: LayerLayout,
+    layers: Sequence[int],
+    load: Callable[[int, torch.Tensor], None],
+) -> dict[int, torch.Tensor]:
+    """Bring layers to the device for good; `load` fills a host image with one of them.
+
+    That image is ordinary memory: pinned memory would stay ours until the end.
+    """
+    images = {}
+    host = host_empty(layout.image_bytes)
+    for layer in layers:
+        load(layer, host)
+        images[layer] = device.empty(layout.image_bytes)
+        device.copy(Stream.LOAD, images[layer], host, "weights")
+        device.synchronize(device.record(Stream.LOAD))
+    return images
+
+
+def weight_source(
+    device: Device,
+    store: LayerStore,
+    look_ahead: int,
+    resident: Mapping[int, torch.Tensor] | None = None,
+) -> WeightSource:
+    """`resident`: images on the device of layers that `store` does not have."""
+    if device.in_place:
+        return InPlaceWeights(store)
+    return StreamedWeights(device, store, look_ahead, resident)

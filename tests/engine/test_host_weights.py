@@ -13,8 +13,23 @@ from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError
 from sl_serve.models import llama
 from sl_serve.tokenizer import Tokenizer
-from sl_serve.weights.host import HostWeights, StaticWeights, check_checkpoint, source_name
-from sl_serve.weights.layout import ALIGNMENT_BYTES, LayerLayout, LayerWeights, Param
+from sl_serve.weights.disk import Readers
+from sl_serve.weights.file_range import FileRange
+from sl_serve.weights.host import (
+    check_checkpoint,
+    host_images,
+    load_image,
+    load_static,
+    source_name,
+)
+from sl_serve.weights.layout import (
+    ALIGNMENT_BYTES,
+    IMAGE_ALIGNMENT_BYTES,
+    LayerLayout,
+    LayerWeights,
+    Param,
+)
+from sl_serve.weights.tiers import open_store
 
 FEW = settings(derandomize=True, max_examples=60, deadline=None)
 MODEL = ModelConfig(
@@ -56,6 +71,12 @@ class FakeCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         self.read_names.append(name)
         return self.tensors[name]
+
+    def location(self, name: str) -> FileRange | None:
+        return None
+
+    def drop_pages(self) -> None:
+        pass
 
     def load_tokenizer(self) -> Tokenizer:
         raise AssertionError("weights need no tokenizer")
@@ -139,9 +160,9 @@ def test_segments_are_aligned_hold_their_tensor_and_do_not_overlap(layout: Layer
 def test_images_follow_one_another_aligned_and_waste_less_than_the_alignment(
     layout: LayerLayout,
 ) -> None:
-    assert layout.image_bytes % ALIGNMENT_BYTES == 0
+    assert layout.image_bytes % IMAGE_ALIGNMENT_BYTES == 0
     padding = layout.image_bytes - sum(s.size_bytes for s in layout.segments)
-    assert padding < ALIGNMENT_BYTES * len(layout.segments)
+    assert padding < ALIGNMENT_BYTES * len(layout.segments) + IMAGE_ALIGNMENT_BYTES
 
 
 @FEW
@@ -151,7 +172,8 @@ def test_a_view_is_exactly_the_bytes_of_its_segment(layout: LayerLayout) -> None
     for segment in layout.segments:
         view = layout.views(image)[segment.param.name]
         assert tuple(view.shape) == segment.param.shape
-        view.view(torch.uint8).fill_(1)
+        ones = torch.ones(segment.size_bytes, dtype=torch.uint8).view(layout.dtype)
+        view.copy_(ones[0])
         written = image.nonzero().flatten().tolist()
         assert written == list(
             range(segment.offset_bytes, segment.offset_bytes + segment.size_bytes)
@@ -166,12 +188,12 @@ def test_an_image_of_another_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_images_are_the_checkpoints_tensors_joined_and_transposed(stored: torch.dtype) -> None:
+def test_images_are_the_checkpoints_tensors_joined_and_seen_transposed(stored: torch.dtype) -> None:
     checkpoint = FakeCheckpoint(stored)
-    host = HostWeights(LayerLayout(PARAMS, torch.float32), MODEL.n_layers)
-    host.load(checkpoint)
-    for layer, image in enumerate(host.images):
-        views = host.layout.views(image)
+    layout = LayerLayout(PARAMS, torch.float32)
+    for layer, image in host_images(layout, range(MODEL.n_layers)).items():
+        load_image(checkpoint, layout, layer, image)
+        views = layout.views(image)
         expected = expected_layer(checkpoint, layer)
         assert views.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -180,42 +202,46 @@ def test_images_are_the_checkpoints_tensors_joined_and_transposed(stored: torch.
 
 def test_images_convert_to_the_engines_dtype() -> None:
     checkpoint = FakeCheckpoint()
-    host = HostWeights(LayerLayout(PARAMS, torch.bfloat16), MODEL.n_layers)
-    host.load(checkpoint)
+    layout = LayerLayout(PARAMS, torch.bfloat16)
+    image = host_images(layout, [3])[3]
+    load_image(checkpoint, layout, 3, image)
     expected = expected_layer(checkpoint, 3)["qkv"].bfloat16()
-    assert torch.equal(host.layout.views(host.images[3])["qkv"], expected)
+    assert torch.equal(layout.views(image)["qkv"], expected)
 
 
 def test_loading_reads_each_tensor_once_and_tells_of_each_layer() -> None:
     checkpoint = FakeCheckpoint()
     heard: list[int] = []
-    host = HostWeights(LayerLayout(PARAMS, torch.float32), MODEL.n_layers)
-    host.load(checkpoint, lambda: heard.append(len(checkpoint.read_names)))
+    layout = LayerLayout(PARAMS, torch.float32)
+    store = open_store(
+        checkpoint,
+        layout,
+        range(MODEL.n_layers),
+        0,
+        1,
+        None,
+        Readers(),
+        lambda: heard.append(len(checkpoint.read_names)),
+    )
+    assert store.n_layers == MODEL.n_layers
     assert heard == [16 * (i + 1) for i in range(MODEL.n_layers)]
     assert sorted(checkpoint.read_names) == sorted(shapes().keys() - STATIC.keys())
-
-
-def test_host_bytes_are_those_of_all_images() -> None:
-    host = HostWeights(LayerLayout(PARAMS, torch.float32), 3)
-    assert host.n_bytes == sum(image.nbytes for image in host.images) == 3 * host.images[0].nbytes
 
 
 def test_static_weights_keep_shape_and_convert() -> None:
     checkpoint = FakeCheckpoint(torch.bfloat16)
     names = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight"}
-    static = StaticWeights.load(checkpoint, names, torch.float32)
+    static = load_static(checkpoint, names, torch.float32)
     for ours, source in names.items():
-        assert torch.equal(static.tensors[ours], checkpoint.tensors[source].float())
-    assert static.n_bytes == 2 * 31 * 20 * 4
+        assert torch.equal(static[ours], checkpoint.tensors[source].float())
 
 
 def test_a_tied_head_is_read_and_counted_once() -> None:
     checkpoint = FakeCheckpoint()
     names = {"embed": "model.embed_tokens.weight", "head": "model.embed_tokens.weight"}
-    static = StaticWeights.load(checkpoint, names, torch.float32)
-    assert static.tensors["embed"] is static.tensors["head"]
+    static = load_static(checkpoint, names, torch.float32)
+    assert static["embed"] is static["head"]
     assert checkpoint.read_names == ["model.embed_tokens.weight"]
-    assert static.n_bytes == 31 * 20 * 4
 
 
 def test_a_complete_checkpoint_passes_the_check_unread() -> None:

@@ -4,7 +4,6 @@ import re
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,14 +17,11 @@ from sl_serve.device import SimDevice
 from sl_serve.errors import MemoryBudgetError, UserError
 from sl_serve.loader import load
 from sl_serve.plan.budget import available_bytes, exact_size, gib, parse_size
+from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.kv_size import MARGIN_SHARE
-from sl_serve.plan.memory import (
-    DEFAULT_PREFILL_TOKENS,
-    MemoryPlan,
-    WeightSizes,
-    plan_memory,
-)
+from sl_serve.plan.memory import MemoryPlan, WeightSizes
 from sl_serve.plan.pools import KVPools
+from sl_serve.plan.step_memory import DEFAULT_PREFILL_TOKENS
 from sl_serve.sched.residents import Residents
 from sl_serve.weights.checkpoint import open_checkpoint
 
@@ -42,7 +38,9 @@ MODEL = ModelConfig(
     vocab_size=1000,
     max_positions=4096,
 )
-SIZES = WeightSizes(layer_bytes=10 * MIB, static_bytes=5 * MIB)
+SIZES = WeightSizes(
+    layer_bytes=10 * MIB, embedding_bytes=2 * MIB, head_bytes=2 * MIB, others_bytes=1 * MIB
+)
 TOKEN_BYTES = 2 * 10 * 4 * 64 * 4  # K and V, layers, heads, elements, bytes
 
 
@@ -171,7 +169,7 @@ def test_an_explicit_kv_size_is_filled_to_the_last_chunk() -> None:
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
     with pytest.raises(MemoryBudgetError) as refusal:
-        plan(2 * GIB, sizes=WeightSizes(400 * MIB, 96 * MIB))
+        plan(2 * GIB, sizes=WeightSizes(400 * MIB, 48 * MIB, 47 * MIB, 1 * MIB))
     message = str(refusal.value)
     assert "(4.0 GiB weights in float32)" in message
     assert "1.8 GiB of 2.0 GiB free" in message
@@ -199,10 +197,11 @@ def test_more_kv_than_is_left_is_refused_with_both_numbers() -> None:
 
 
 def test_exactly_what_is_left_may_be_asked_for() -> None:
+    prefill = SchedulerConfig(prefill_chunk_tokens=DEFAULT_PREFILL_TOKENS)  # or it would give way
     left = usable(2 * GIB) - 105 * MIB - plan(2 * GIB).workspace_bytes
-    assert plan(2 * GIB, EngineConfig(kv_memory_bytes=left)).kv_bytes <= left
+    assert plan(2 * GIB, EngineConfig(kv_memory_bytes=left, scheduler=prefill)).kv_bytes <= left
     with pytest.raises(MemoryBudgetError, match="--kv-memory"):
-        plan(2 * GIB, EngineConfig(kv_memory_bytes=left + 1))
+        plan(2 * GIB, EngineConfig(kv_memory_bytes=left + 1, scheduler=prefill))
 
 
 @pytest.mark.parametrize("available", [0, 1, MIB, 105 * MIB])
@@ -289,7 +288,7 @@ def refused(available: int, config: EngineConfig) -> str:
     [
         (0, None, None, "0 MiB of 0 MiB free memory"),
         (105 * MIB, None, 4096, "(105 MiB weights in float32)"),
-        (140 * MIB, 60 * MIB, None, "of 140 MiB free memory"),
+        (140 * MIB, 60 * MIB, None, "asks for 60 MiB, 17 MiB is left"),
         (8 * GIB, 0, None, "--kv-memory asks for 0 MiB, the smallest KV cache has 1 MiB"),
         (8 * GIB, 0, 300, "raise --kv-memory to 6400KiB"),
         (8 * GIB, 63 * TOKEN_BYTES, 20, "the smallest KV cache has 1 MiB"),
@@ -343,28 +342,28 @@ def test_the_plan_counts_what_a_device_with_memory_of_its_own_takes(
     device_bytes: list[int] = []
     host_bytes: list[int] = []
     device = SimDevice()
-    make, make_host = device.empty, torch.empty
+    make, make_host = device.empty, device.host_empty
 
     def empty(n_bytes: int) -> torch.Tensor:
         device_bytes.append(n_bytes)
         return make(n_bytes)
 
-    def host_empty(*args: Any, **options: Any) -> torch.Tensor:
-        buffer = make_host(*args, **options)
-        host_bytes.append(buffer.nbytes)
-        return buffer
+    def host_empty(n_bytes: int) -> torch.Tensor:
+        host_bytes.append(n_bytes)
+        return make_host(n_bytes)
 
     monkeypatch.setattr(device, "empty", empty)
-    monkeypatch.setattr("sl_serve.kv.windows.torch.empty", host_empty)
+    monkeypatch.setattr(device, "host_empty", host_empty)
     checkpoint = open_checkpoint(tiny[0])
     config = EngineConfig(device="sim", kv_memory_bytes=3 * MIB, native=False)
     found = load(checkpoint, config, device=device).plan
     checkpoint.close()
     staged = found.max_step_tokens * found.kv.token_layer_bytes
-    logits_bytes = 256 * 272 * 4
     assert host_bytes.count(staged) == 4
-    assert sum(host_bytes) == 4 * staged + logits_bytes
     assert found.staging_bytes == 6 * staged
+    assert found.staging_host_bytes == 4 * staged
+    buffers = found.weights_bytes + found.kv_bytes + found.staging_host_bytes
+    assert sum(host_bytes) == buffers
     assert found.windows_bytes == 2 * found.n_chunks * found.kv.chunk_layer_bytes
     on_device = found.device_slots_bytes + found.windows_bytes + found.staging_bytes
     assert sum(device_bytes) == on_device - 4 * staged

@@ -311,17 +311,43 @@ def test_rope_is_a_complex_rotation_of_half_pairs(ops: Ops) -> None:
 WIDTHS = [1, 7, 16, 17, 31, 48, 100, 577]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rms_norm_is_exact(ops: Ops, width: int) -> None:
+def test_rms_norm_is_exact(ops: Ops, width: int, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(width)
-    x, weight = rng.standard_normal((5, width)) * 3, rng.standard_normal(width)
+    x = rng.standard_normal((5, width)) * 3
     x[1] *= 1e-4  # where eps counts
-    x, weight = x.astype(np.float32), weight.astype(np.float32)
+    x, weight = x.astype(np.float32), torch.from_numpy(rng.standard_normal(width)).to(dtype)
     exact = x.astype(np.float64)
-    expected = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + 1e-5) * weight
-    out = ops.rms_norm(torch.from_numpy(x), torch.from_numpy(weight), 1e-5)
+    expected = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + 1e-5)
+    expected = expected * weight.double().numpy()
+    out = ops.rms_norm(torch.from_numpy(x), weight, 1e-5)
+    assert out.dtype == torch.float32
     for line in range(5):
         assert relative_error(out[line], expected[line]) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm_is_exact(ops: Ops, width: int, dtype: torch.dtype) -> None:
+    """With weights shorter than what they are applied to, too."""
+    rng = np.random.default_rng(width)
+    x = (rng.standard_normal((5, width)) * 3 + 10).astype(np.float32)
+    weight, bias = (torch.from_numpy(rng.standard_normal(width)).to(dtype) for _ in range(2))
+    exact = x.astype(np.float64)
+    centred = exact - exact.mean(axis=1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
+    expected = expected * weight.double().numpy() + bias.double().numpy()
+    out = ops.layer_norm(torch.from_numpy(x), weight, bias, 1e-5)
+    assert out.dtype == torch.float32
+    for line in range(5):
+        assert relative_error(out[line], expected[line]) <= 3e-6
+
+
+def test_relu_is_in_place(ops: Ops) -> None:
+    x = torch.tensor([[-1.0, 0.0, 2.5], [3.0, -0.1, -1e9]])
+    ops.relu_(x)
+    assert x.tolist() == [[0.0, 0.0, 2.5], [3.0, 0.0, 0.0]]
 
 
 def silu(x: Array) -> Array:

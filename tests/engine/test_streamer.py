@@ -8,8 +8,9 @@ import torch
 
 from sl_serve.device import CpuDevice, SimDevice, Stream
 from sl_serve.device.sim import HardwareProfile, SlotReuseError
-from sl_serve.weights.host import HostWeights
+from sl_serve.weights.host import host_images
 from sl_serve.weights.layout import LayerLayout, LayerWeights, Param
+from sl_serve.weights.store import LayerStore
 from sl_serve.weights.streamer import InPlaceWeights, StreamedWeights, WeightSource, weight_source
 
 N_LAYERS = 5
@@ -34,9 +35,9 @@ class RecordingDevice(SimDevice):
         self.copied_bytes: list[int] = []
         self.allocated_bytes: list[int] = []
 
-    def copy(self, stream: Stream, dst: torch.Tensor, src: torch.Tensor) -> None:
+    def copy(self, stream: Stream, dst: torch.Tensor, src: torch.Tensor, name: str = "") -> None:
         self.copied_bytes.append(dst.numel())
-        super().copy(stream, dst, src)
+        super().copy(stream, dst, src, name)
 
     def empty(self, n_bytes: int) -> torch.Tensor:
         self.allocated_bytes.append(n_bytes)
@@ -50,13 +51,13 @@ class Cell(NamedTuple):
     queued_bytes: list[int]  # copies issued by the cell's `advance`
 
 
-def host_weights() -> HostWeights:
-    host = HostWeights(LAYOUT, N_LAYERS)
+def host_weights() -> LayerStore:
+    images = host_images(LAYOUT, range(N_LAYERS))
     random = torch.Generator().manual_seed(5)
-    for image in host.images:
+    for image in images.values():
         for view in LAYOUT.views(image).values():
             view.normal_(generator=random)
-    return host
+    return LayerStore(LAYOUT, images)
 
 
 def sweep(
@@ -85,12 +86,9 @@ def streamed(
     return source_class(device, host_weights(), look_ahead), device
 
 
-def right_bytes(cell: Cell, host: HostWeights) -> bool:
-    expected = LAYOUT.views(host.images[cell.unit % N_LAYERS])
-    return all(
-        torch.equal(seen.view(torch.uint8), expected[name].view(torch.uint8))
-        for name, seen in cell.seen.items()
-    )
+def right_bytes(cell: Cell, host: LayerStore) -> bool:
+    expected = LAYOUT.views(host.host_images[cell.unit % N_LAYERS])
+    return all(torch.equal(seen, expected[name]) for name, seen in cell.seen.items())
 
 
 @every_case
@@ -173,7 +171,7 @@ def test_look_ahead_hides_the_copies_behind_longer_arithmetic(look_ahead: int) -
 
 
 class OneSlotTooFew(StreamedWeights):
-    def __init__(self, device: SimDevice, host: HostWeights, look_ahead: int) -> None:
+    def __init__(self, device: SimDevice, host: LayerStore, look_ahead: int) -> None:
         super().__init__(device, host, look_ahead)
         for per_slot in (self._slots, self._views, self._released, self._loaded):
             per_slot.pop()
@@ -233,7 +231,7 @@ def test_where_host_memory_is_device_memory_layers_are_used_where_they_lie() -> 
     source = weight_source(CpuDevice(), host, look_ahead=2)
     assert isinstance(source, InPlaceWeights)
     for unit in range(2 * N_LAYERS):
-        image = host.images[unit % N_LAYERS]
+        image = host.host_images[unit % N_LAYERS]
         assert source.acquire()["matrix"].data_ptr() == image.data_ptr()
         source.advance(0, 1)
         assert source.buffer().data_ptr() == image.data_ptr()

@@ -1,0 +1,147 @@
+"""The commands `plan` and `doctor`. What they find goes to standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from sl_serve import cli_options as o
+from sl_serve.errors import UserError
+from sl_serve.plan.budget import parse_size
+
+if TYPE_CHECKING:  # these import torch, which takes seconds
+    from sl_serve.plan.hardware import Hardware
+    from sl_serve.plan.planner import Budgets
+    from sl_serve.weights.checkpoint import Checkpoint
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(plan)
+    app.command()(doctor)
+
+
+def plan(
+    model: o.Model,
+    profile: o.Profile = None,
+    prompt: o.PromptTokens = 512,
+    gen: o.OutputTokens = 128,
+    requests: o.Requests = 256,
+    device_memory: o.DeviceMemory = None,
+    host_memory: o.HostMemory = None,
+    disk_dir: o.MeasuredDir = None,
+    load_format: o.Load = "auto",
+    threads: o.Threads = None,
+    as_json: o.ReportJson = False,
+) -> None:
+    """Tell what would go where, how fast MODEL would run, and what would help; loads nothing."""
+    from sl_serve.plan.model_reader import compute_dtype, read_sizes, stored_dtype, torch_dtype
+    from sl_serve.plan.placement import Workload
+    from sl_serve.plan.planner import choose
+    from sl_serve.plan.report import plan_dict, plan_view
+    from sl_serve.plan.what_if import what_helps
+
+    with _opened(model, load_format) as checkpoint:
+        settings, stored = checkpoint.config, stored_dtype(checkpoint)
+        folder = _disk_dir(disk_dir, checkpoint.path)
+        hardware = _profile(profile) if profile else _measured(checkpoint, folder, threads)
+    compute = compute_dtype(stored, hardware.has_device)
+    sizes = read_sizes(model, settings, torch_dtype(stored), torch_dtype(compute))
+    workload = Workload(prompt, gen, requests)
+    budgets = _budgets(hardware, device_memory, host_memory)
+    chosen = choose(sizes, hardware, budgets, workload)
+    helps = what_helps(sizes, hardware, budgets, workload, chosen)
+    if as_json:
+        print(json.dumps(plan_dict(sizes, hardware, budgets, workload, chosen, helps)))
+    else:
+        Console().print(plan_view(sizes, hardware, budgets, workload, chosen, helps))
+
+
+def doctor(disk_dir: o.MeasuredDir = None, as_json: o.ReportJson = False) -> None:
+    """Measure this machine and tell what keeps it from its best."""
+    from sl_serve.plan.doctor import examine
+    from sl_serve.plan.facts import gather
+    from sl_serve.plan.report import doctor_view
+
+    with _progress() as say:
+        facts = gather(None if disk_dir is None else Path(disk_dir), say)
+    findings = examine(facts)
+    if as_json:
+        print(json.dumps({"facts": asdict(facts), "findings": [asdict(f) for f in findings]}))
+    else:
+        Console().print(doctor_view(facts, findings))
+
+
+@contextmanager
+def _opened(model: str, load_format: Any) -> Iterator[Checkpoint]:
+    """Headers only. The name of a built-in shape needs no --load-format."""
+    from sl_serve.llm import open_model
+    from sl_serve.weights.shapes import SHAPES
+
+    is_shape = model in SHAPES and not os.path.exists(model)
+    checkpoint = open_model(model, "dummy" if is_shape else load_format)
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()
+
+
+def _disk_dir(disk_dir: str | None, model: Path) -> Path | None:
+    """Where asked for, or else where the model lies."""
+    if disk_dir is not None:
+        return Path(disk_dir)
+    if model.is_dir():
+        return model if os.access(model, os.W_OK) else None
+    return model.parent if model.is_file() and os.access(model.parent, os.W_OK) else None
+
+
+def _profile(name: str) -> Hardware:
+    from sl_serve.plan.profiles import PROFILES
+
+    if name not in PROFILES:
+        raise UserError(f"no profile is named {name[:80]!r}; there are: {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def _measured(checkpoint: Checkpoint, folder: Path | None, threads: int | None) -> Hardware:
+    import torch
+
+    from sl_serve.plan.model_reader import compute_dtype, stored_dtype, torch_dtype
+    from sl_serve.plan.probe import Shapes, probe
+
+    n_threads = threads or torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    stored = stored_dtype(checkpoint)
+    compute = compute_dtype(stored, torch.cuda.is_available())
+    with _progress() as say:
+        return probe(
+            Shapes(checkpoint.config, torch_dtype(stored), compute), folder, n_threads, say
+        )
+
+
+def _budgets(hardware: Hardware, device_memory: str | None, host_memory: str | None) -> Budgets:
+    from sl_serve.plan.planner import Budgets
+
+    budgets = Budgets.of(hardware)
+    if device_memory is not None:
+        budgets = replace(budgets, device=parse_size(device_memory))
+    if host_memory is not None:
+        budgets = replace(budgets, host=parse_size(host_memory))
+    return budgets
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what is measured, on standard error, gone when it is done."""
+    columns = (SpinnerColumn(), TextColumn("measuring {task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("")
+        yield lambda what: progress.update(task, description=what)

@@ -1,0 +1,85 @@
+"""Activation bytes of a family's layer, fitted from two probes that take neither memory nor time.
+
+Everything a layer makes on its way is linear in its tokens. So its arithmetic runs twice on
+torch's meta device, where tensors have shapes but no bytes, the largest sum of tensors alive at
+once is noted, and a line laid through both. The pure-torch operations are probed: kernels of our
+own need no more.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sl_serve.config import ModelConfig
+from sl_serve.models import RopeTable, load_family
+from sl_serve.ops import TorchOps
+from sl_serve.plan.model_sizes import LinearBytes
+
+PROBE_TOKENS = (128, 512)
+
+
+def fit_activations(model: ModelConfig, dtype: torch.dtype) -> LinearBytes:
+    """Of one layer's pass over a sub-batch, its hidden states and rotary tables included."""
+    few, many = PROBE_TOKENS
+    bytes_few, bytes_many = (activation_bytes(model, dtype, n) for n in PROBE_TOKENS)
+    per_token = (bytes_many - bytes_few) / (many - few)
+    return LinearBytes(per_token, bytes_few - few * per_token)
+
+
+def activation_bytes(model: ModelConfig, dtype: torch.dtype, n_tokens: int) -> int:
+    """The most bytes alive at once while one layer is computed for n_tokens tokens."""
+    family = load_family(model.family)
+    with torch.device("meta"), torch.inference_mode():
+        weights = {p.name: torch.empty(p.shape, dtype=dtype) for p in family.layer_params(model)}
+        alive = _PeakBytes()
+        with alive:
+            x = torch.empty(n_tokens, model.hidden_size, dtype=dtype)
+            angles = torch.empty(n_tokens, model.head_dim // 2)
+            rope = None if model.rope is None else RopeTable(angles, torch.empty_like(angles))
+            family.block(model, TorchOps(dtype), weights, x, rope, _attend)
+    return alive.peak_bytes
+
+
+def _attend(q: torch.Tensor, _k: torch.Tensor, _v: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format).flatten(1)
+
+
+class _PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches every tensor that is made, until its memory would be given back."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak_bytes = 0
+        self._alive_bytes = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        n_bytes = storage.nbytes()
+        weakref.finalize(storage, self._forget, n_bytes)
+        self._alive_bytes += n_bytes
+        self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+
+    def _forget(self, n_bytes: int) -> None:
+        self._alive_bytes -= n_bytes

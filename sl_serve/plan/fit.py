@@ -1,0 +1,220 @@
+"""How much fits: the plan that is printed before anything is loaded, and refused with numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import NamedTuple
+
+from sl_serve.config import EngineConfig, ModelConfig
+from sl_serve.errors import MemoryBudgetError
+from sl_serve.kv.layout import KVOrder
+from sl_serve.plan.budget import MIB, exact_size, gib
+from sl_serve.plan.kv_size import (
+    MARGIN_SHARE,
+    Budget,
+    holds_kv,
+    kv_pool_bytes,
+    useful_kv_bytes,
+)
+from sl_serve.plan.memory import MemoryPlan, WeightSizes
+from sl_serve.plan.pools import KVPools, floor_power_of_two
+from sl_serve.plan.step_memory import StepMemory, n_ring_slots, step_memory
+from sl_serve.weights.direct_file import BOUNCE_BYTES
+from sl_serve.weights.disk import N_READERS
+from sl_serve.weights.head import N_PIECES
+from sl_serve.weights.head import PIECE_BYTES as HEAD_PIECE_BYTES
+
+
+def plan_memory(
+    model: ModelConfig,
+    config: EngineConfig,
+    sizes: WeightSizes,
+    itemsize: int,
+    order: KVOrder,
+    available_bytes: int,
+    device_available_bytes: int | None = None,
+) -> MemoryPlan:
+    """Fit weights, KV and what a step passes through into the memory of host and device.
+
+    `device_available_bytes` None: what the device needs counts as host memory. Raises
+    MemoryBudgetError with the sum and what would help.
+    """
+    fit = _Fit(model, config, sizes, KVPools(model, itemsize, order), available_bytes)
+    if device_available_bytes is not None:
+        fit = replace(fit, device_bytes=int(device_available_bytes * (1 - MARGIN_SHARE)))
+    step = fit.step()
+    n_device_layers = fit.device_layers(step)
+    tiers = fit.tiers(step, n_device_layers)
+    scheduler, pools = config.scheduler, fit.pools
+    spec = pools.spec(tiers.kv_bytes)
+    n_chunks = tiers.kv_bytes // spec.chunk_bytes
+    n_host_layers = model.n_layers - n_device_layers - tiers.n_disk_layers
+    return MemoryPlan(
+        weights_bytes=n_host_layers * sizes.layer_bytes,
+        n_device_layers=n_device_layers,
+        device_layers_bytes=n_device_layers * sizes.layer_bytes,
+        n_disk_layers=tiers.n_disk_layers,
+        disk_bytes=tiers.n_disk_layers * sizes.layer_bytes,
+        ring_bytes=tiers.ring_bytes,
+        embedding_on_disk=tiers.embedding_on_disk,
+        head_on_disk=tiers.head_on_disk,
+        static_bytes=tiers.static_bytes + fit.static_device_bytes,
+        static_device_bytes=fit.static_device_bytes,
+        kv=spec,
+        n_chunks=n_chunks,
+        workspace_bytes=step.workspace_bytes,
+        device_slots_bytes=step.slots_bytes,
+        windows_bytes=step.n_windows * n_chunks * spec.chunk_layer_bytes,
+        staging_bytes=step.staging_device_bytes + step.staging_host_bytes,
+        staging_host_bytes=step.staging_host_bytes,
+        available_bytes=available_bytes,
+        device_available_bytes=device_available_bytes,
+        max_model_len=min(
+            config.max_model_len or model.max_positions, pools.tokens_in(tiers.kv_bytes)
+        ),
+        max_rows=scheduler.max_rows,
+        max_slab_width=floor_power_of_two(
+            min(spec.chunk_tokens, scheduler.max_rows // scheduler.n_sub_batches)
+        ),
+        n_sub_batches=scheduler.n_sub_batches,
+        prefill_tokens=step.prefill_tokens,
+        look_ahead=scheduler.look_ahead,
+    )
+
+
+class _Tiers(NamedTuple):
+    kv_bytes: int
+    static_bytes: int  # in host memory
+    n_disk_layers: int = 0
+    ring_bytes: int = 0
+    embedding_on_disk: bool = False
+    head_on_disk: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """What is to be fitted, and into what."""
+
+    model: ModelConfig
+    config: EngineConfig
+    sizes: WeightSizes
+    pools: KVPools
+    available_bytes: int
+    device_bytes: int | None = None  # that may be used of a device's own memory
+
+    @property
+    def in_place(self) -> bool:
+        return self.config.device == "cpu"
+
+    @property
+    def static_device_bytes(self) -> int:
+        return 0 if self.in_place else self.sizes.head_bytes + self.sizes.others_bytes
+
+    @property
+    def host_sizes(self) -> WeightSizes:
+        """What host memory holds of the vocabulary: beside a device, the table that rows are looked
+        up in, a second time where it is the head too."""
+        if self.in_place:
+            return self.sizes
+        embedding = self.sizes.embedding_bytes or self.sizes.head_bytes
+        return replace(self.sizes, embedding_bytes=embedding, head_bytes=0, others_bytes=0)
+
+    def step(self) -> StepMemory:
+        room = self.available_bytes if self.device_bytes is None else self.device_bytes
+
+        def fits(step: StepMemory) -> bool:
+            return holds_kv(self.config, self.pools, self.host_budget(step, 0))
+
+        return step_memory(self.model, self.config, self.sizes, self.pools, room, fits)
+
+    def host_budget(self, step: StepMemory, n_device_layers: int) -> Budget:
+        """With every layer that is not on the device in host memory."""
+        others = step.staging_host_bytes
+        windows = 0
+        if self.in_place:
+            others += step.workspace_bytes
+        elif self.device_bytes is None:
+            others += step.on_device_bytes + self.static_device_bytes
+            windows = step.n_windows
+        n_layers = self.model.n_layers
+        layers = (n_layers - n_device_layers) * self.sizes.layer_bytes
+        return Budget(
+            weights_bytes=layers + self.host_sizes.static_bytes,
+            others_bytes=others,
+            # A window has one layer's part of every chunk.
+            kv_share=Fraction(n_layers, n_layers + windows),
+            available_bytes=self.available_bytes,
+        )
+
+    def device_layers(self, step: StepMemory) -> int:
+        """As many as the device has room for beside what passes through it. Windows come first:
+        they are what lets rows run."""
+        if self.device_bytes is None:
+            return 0
+        left = self.device_left(step)
+        windows = step.n_windows * self.tiers(step, 0).kv_bytes // self.model.n_layers
+        return min((left - windows) // self.sizes.layer_bytes, self.model.n_layers - 1)
+
+    def device_left(self, step: StepMemory) -> int:
+        """Beside slots, staging, activations and static weights. Raises MemoryBudgetError."""
+        assert self.device_bytes is not None
+        needed = step.on_device_bytes + self.static_device_bytes
+        windows = step.n_windows * self.pools.smallest_bytes // self.model.n_layers
+        if needed + windows > self.device_bytes:
+            enough = math.ceil((needed + windows) / (1 - MARGIN_SHARE) / MIB + 1) * MIB
+            raise MemoryBudgetError(
+                f"the device needs {gib(needed + windows)} ({gib(step.slots_bytes)} for the layers "
+                f"that pass through, {gib(self.static_device_bytes)} for the head), "
+                f"{gib(self.device_bytes)} of it may be used; raise --device-memory to "
+                f"{exact_size(enough)}, or lower --prefill-tokens or --max-rows"
+            )
+        return self.device_bytes - needed
+
+    def most_kv_bytes(self, step: StepMemory) -> int | None:
+        """What the device's windows can pass; None: any."""
+        if self.device_bytes is None or not step.n_windows:
+            return None
+        return self.device_left(step) * self.model.n_layers // step.n_windows
+
+    def tiers(self, step: StepMemory, n_device_layers: int) -> _Tiers:
+        """All weights in memory; or, where they do not fit, KV first, since the more requests pass
+        through a layer the less its reading costs each, then the head and as many layers as there
+        is room for. The embedding, of which a step reads a few rows, then stays on disk."""
+        everything = self.host_budget(step, n_device_layers)
+        most = self.most_kv_bytes(step)
+        if most is not None and n_device_layers:
+            most -= n_device_layers * self.sizes.layer_bytes * self.model.n_layers // step.n_windows
+        tiers = self._on_host(step, everything, self.model.n_layers - n_device_layers)
+        return tiers if most is None else tiers._replace(kv_bytes=min(tiers.kv_bytes, most))
+
+    def _on_host(self, step: StepMemory, everything: Budget, n_layers: int) -> _Tiers:
+        config, sizes = self.config, self.host_sizes
+        if not sizes.disk_tier or holds_kv(config, self.pools, everything):
+            return _Tiers(kv_pool_bytes(config, self.pools, everything), sizes.static_bytes)
+        ring = n_ring_slots(self.in_place, config.scheduler.look_ahead) * sizes.layer_bytes
+        ring += N_READERS * BOUNCE_BYTES
+        on_disk = sizes.vocabulary_in_file
+        pieces = N_PIECES * min(HEAD_PIECE_BYTES, sizes.head_bytes) if on_disk else 0
+        static = sizes.others_bytes if on_disk else sizes.static_bytes
+        least = replace(
+            everything, weights_bytes=static, others_bytes=everything.others_bytes + ring + pieces
+        )
+        kv_bytes = kv_pool_bytes(config, self.pools, least)
+        left = least.usable_bytes - least.needed_bytes(kv_bytes)
+        head_on_disk = on_disk and left + pieces < sizes.head_bytes
+        if on_disk and not head_on_disk:
+            left += pieces - sizes.head_bytes
+            static, pieces = static + sizes.head_bytes, 0
+        n_host_layers = min(left // sizes.layer_bytes, n_layers - 1)
+        left -= n_host_layers * sizes.layer_bytes
+        most_kv_bytes = kv_bytes + int(left * everything.kv_share)
+        return _Tiers(
+            kv_bytes=useful_kv_bytes(config, self.pools, most_kv_bytes),
+            static_bytes=static,
+            n_disk_layers=n_layers - n_host_layers,
+            ring_bytes=ring + pieces,
+            embedding_on_disk=on_disk and (head_on_disk or sizes.embedding_bytes > 0),
+            head_on_disk=head_on_disk,
+        )

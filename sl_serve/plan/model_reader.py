@@ -1,0 +1,59 @@
+"""From a model's settings to the numbers that the planner computes with. No weight is read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sl_serve.config import DTypeName, ModelConfig
+from sl_serve.models import load_family
+from sl_serve.plan.activations import fit_activations
+from sl_serve.plan.model_sizes import ModelSizes
+from sl_serve.weights.checkpoint import Checkpoint
+from sl_serve.weights.layout import LayerLayout
+
+
+def torch_dtype(name: DTypeName) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def stored_dtype(checkpoint: Checkpoint) -> DTypeName:
+    """What weights are held in: as short as the settings say, unless the files say otherwise."""
+    short = checkpoint.config.dtype
+    found = (checkpoint.location(name) for name in checkpoint.names())
+    kinds = {location.dtype for location in found if location is not None}
+    return short if kinds <= {torch_dtype(short)} else "float32"
+
+
+def compute_dtype(stored: DTypeName, has_device: bool) -> DTypeName:
+    """An accelerator computes in what is stored, the processor in float32."""
+    return stored if has_device else "float32"
+
+
+def read_sizes(
+    name: str, model: ModelConfig, stored: torch.dtype, compute: torch.dtype
+) -> ModelSizes:
+    """`stored`: of weights in memory and on disk. `compute`: of activations, K and V."""
+    family = load_family(model.family)
+    params, static = family.layer_params(model), family.static_tensors(model)
+    head = math.prod(static["head"][1])
+    return ModelSizes(
+        name=name,
+        n_layers=model.n_layers,
+        layer_bytes=LayerLayout(params, stored).image_bytes,
+        head_bytes=head * stored.itemsize,
+        # Equal checkpoint names share one tensor.
+        static_bytes=sum(map(math.prod, dict(static.values()).values())) * stored.itemsize,
+        layer_flops_per_token=2.0 * sum(math.prod(p.shape) for p in params if p.is_matrix),
+        head_flops_per_token=2.0 * head,
+        hidden_size=model.hidden_size,
+        q_size=model.q_size,
+        kv_size=model.kv_size,
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        itemsize=compute.itemsize,
+        activations=fit_activations(model, compute),
+    )

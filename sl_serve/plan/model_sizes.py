@@ -1,0 +1,53 @@
+"""What of a model counts when time and memory are computed. Plain numbers, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LinearBytes:
+    """Bytes that grow with tokens: fixed + per_token * n."""
+
+    per_token: float
+    fixed: float = 0.0
+
+    def at(self, n_tokens: int) -> int:
+        return round(self.fixed + self.per_token * n_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """A decoder of equal layers. Bytes of weights as stored; `itemsize` is of x, K and V."""
+
+    name: str
+    n_layers: int
+    layer_bytes: int
+    head_bytes: int
+    static_bytes: int  # embedding, final norm and head together, once where they are tied
+    layer_flops_per_token: float  # matrix products of one layer
+    head_flops_per_token: float
+    hidden_size: int
+    q_size: int
+    kv_size: int
+    vocab_size: int
+    max_positions: int
+    itemsize: int
+    activations: LinearBytes  # of one layer's pass over a sub-batch, its hidden states included
+
+    @property
+    def kv_token_layer_bytes(self) -> int:
+        return 2 * self.kv_size * self.itemsize
+
+    @property
+    def kv_token_bytes(self) -> int:
+        return self.n_layers * self.kv_token_layer_bytes
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.n_layers * self.layer_bytes + self.static_bytes
+
+    @property
+    def attention_layer_flops(self) -> float:
+        """Of one new token over one token of context: q k and the weighted sum of v."""
+        return 4.0 * self.q_size

@@ -1,0 +1,133 @@
+"""Where everything lies and how a step is cut: what the planner chooses, and its memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from sl_serve.kv.layout import HOST_STAGING_BUFFERS, n_windows
+from sl_serve.plan.model_sizes import ModelSizes
+from sl_serve.plan.step_memory import logits_lines, n_ring_slots
+
+Tier = Literal["device", "host", "disk"]
+TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """n_requests of equal length, all there from the start."""
+
+    prompt_tokens: int
+    output_tokens: int
+    n_requests: int
+
+    def __post_init__(self) -> None:
+        assert min(self.prompt_tokens, self.output_tokens, self.n_requests) > 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Of a request at its end."""
+        return self.prompt_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`kv_device_share`: of all rows, those whose KV stays on the device. `attention`: where the
+    other rows' is read. Both mean nothing where the processor computes in host memory."""
+
+    n_device_layers: int
+    n_host_layers: int
+    n_disk_layers: int
+    rows: int  # per sub-batch
+    n_sub_batches: int
+    prefill_tokens: int  # prompt tokens of a step
+    look_ahead: int = 1
+    kv_device_share: float = 0.0
+    attention: Literal["device", "host"] = "device"
+
+    @property
+    def total_rows(self) -> int:
+        return self.rows * self.n_sub_batches
+
+    @property
+    def n_streamed_layers(self) -> int:
+        return self.n_host_layers + self.n_disk_layers
+
+
+class Part(NamedTuple):
+    """A line of the memory table."""
+
+    tier: Tier
+    what: str
+    n_bytes: int
+
+
+def memory_parts(
+    model: ModelSizes, placement: Placement, workload: Workload, has_device: bool
+) -> list[Part]:
+    """Everything that is allocated before the first step, parts of no size left out."""
+    place = _on_device if has_device else _in_place
+    layers = [
+        Part("disk", "layers", placement.n_disk_layers * model.layer_bytes),
+        Part("host", "layers", placement.n_host_layers * model.layer_bytes),
+    ]
+    if placement.n_disk_layers:
+        slots = n_ring_slots(not has_device, placement.look_ahead)
+        layers.append(Part("host", "disk ring", slots * model.layer_bytes))
+    parts = [*layers, *place(model, placement, workload)]
+    return [part for part in parts if part.n_bytes]
+
+
+def tier_bytes(parts: Iterable[Part]) -> dict[Tier, int]:
+    sums = dict.fromkeys(TIERS, 0)
+    for part in parts:
+        sums[part.tier] += part.n_bytes
+    return sums
+
+
+def _in_place(model: ModelSizes, placement: Placement, workload: Workload) -> list[Part]:
+    kv = placement.total_rows * workload.total_tokens * model.kv_token_bytes
+    return [
+        Part("host", "embedding and head", model.static_bytes),
+        Part("host", "KV cache", kv),
+        Part("host", "activations", _activation_bytes(model, placement)),
+    ]
+
+
+def _on_device(model: ModelSizes, placement: Placement, workload: Workload) -> list[Part]:
+    n_device_rows = math.ceil(placement.kv_device_share * placement.total_rows)
+    n_host_rows = placement.total_rows - n_device_rows
+    row_bytes = workload.total_tokens * model.kv_token_bytes
+    windows = n_windows(placement.look_ahead)
+    step_tokens = placement.total_rows + placement.prefill_tokens
+    sub_batch_tokens = min(step_tokens, placement.rows + placement.prefill_tokens)
+    staging = sub_batch_tokens * model.kv_token_layer_bytes if n_host_rows else 0
+    slots = placement.look_ahead + 1 if placement.n_streamed_layers else 0
+    parts = [
+        Part("device", "embedding and head", model.static_bytes),
+        Part("device", "layers", placement.n_device_layers * model.layer_bytes),
+        Part("device", "layer slots", slots * model.layer_bytes),
+        Part("device", "KV cache", n_device_rows * row_bytes),
+        Part("device", "KV staging", windows * staging),
+        Part("device", "activations", _activation_bytes(model, placement)),
+        Part("host", "KV cache", n_host_rows * row_bytes),
+        Part("host", "KV staging", HOST_STAGING_BUFFERS * staging),
+    ]
+    if placement.attention == "device":
+        # One layer of the rows of a sub-batch whose KV comes from the host.
+        rows = min(n_host_rows, placement.rows)
+        window = rows * workload.total_tokens * model.kv_token_layer_bytes
+        parts.append(Part("device", "KV windows", windows * window))
+    return parts
+
+
+def _activation_bytes(model: ModelSizes, placement: Placement) -> int:
+    """Hidden states of every row and prompt token of a step, what one layer needs for the largest
+    sub-batch, and one block of logits. A step's whole prefill may fall into one sub-batch."""
+    waiting_rows = placement.total_rows - placement.rows
+    hidden = waiting_rows * model.hidden_size * model.itemsize
+    layer = model.activations.at(placement.rows + placement.prefill_tokens)
+    logits = logits_lines(placement.total_rows) * model.vocab_size * model.itemsize
+    return hidden + layer + logits

@@ -1,0 +1,199 @@
+"""How long steps take: every resource's time, the longest one binds.
+
+    disk         n_disk_layers * layer / disk rate
+    link down    (streamed layers + KV prefixes of the host's rows) / rate down
+    link up      new K and V of the host's rows / rate up
+    compute      matrix products by rows, or reading the weights; attention; a fixed cost per cell
+    host memory  everything that crosses it: what goes over the link, comes from disk, is attended
+                 to by the processor, or is read by it
+
+    step = longest + (sum of the others) / cells      what is not overlapped is one cell
+    step = sum                                        look-ahead 0
+
+Where the processor attends, a sub-batch waits for it and it for the sub-batch: only other
+sub-batches keep both busy, so the longest is at least (compute + attention there) / sub-batches.
+
+The processor that computes in host memory has neither link nor device: weights and KV are read by
+compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from sl_serve.plan.hardware import Floats, Hardware
+from sl_serve.plan.model_sizes import ModelSizes
+from sl_serve.plan.placement import Placement, Workload
+from sl_serve.plan.schedule import Steps, decode_step, prefill_step, steps_of
+
+Resource = Literal["disk", "link down", "link up", "compute", "host memory"]
+RESOURCES: tuple[Resource, ...] = ("disk", "link down", "link up", "compute", "host memory")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One step's seconds, and those of each resource."""
+
+    step_s: float
+    resource_s: dict[Resource, float]
+
+    @property
+    def binds(self) -> Resource:
+        return max(self.resource_s, key=lambda r: self.resource_s[r])
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    wall_s: float  # of the whole workload
+    tokens_per_s: float  # generated tokens over wall_s, prefill included
+    decode: StepTime  # all rows decode, at the mean context
+    decode_tokens_per_s: float
+    prefill: StepTime  # one step of prompt tokens alone
+    prefill_tokens_per_s: float
+    binds: Resource  # over the whole workload
+
+
+def predict(
+    model: ModelSizes, placement: Placement, hardware: Hardware, workload: Workload
+) -> Prediction:
+    n_rows = min(placement.total_rows, workload.n_requests)
+    steps = steps_of(workload, n_rows, placement.prefill_tokens)
+    load = busy(model, placement, hardware, steps)
+    wall_s = float((step_seconds(model, placement, steps, load) * steps.n_repeats).sum())
+    totals = [float((load.seconds[r] * steps.n_repeats).sum()) for r in RESOURCES]
+    prompt_tokens = min(placement.prefill_tokens, n_rows * workload.prompt_tokens)
+    decode = _step_time(model, placement, hardware, decode_step(workload, n_rows))
+    prefill = _step_time(model, placement, hardware, prefill_step(workload, prompt_tokens))
+    return Prediction(
+        wall_s=wall_s,
+        tokens_per_s=workload.n_requests * workload.output_tokens / wall_s,
+        decode=decode,
+        decode_tokens_per_s=n_rows / decode.step_s,
+        prefill=prefill,
+        prefill_tokens_per_s=prompt_tokens / prefill.step_s,
+        binds=RESOURCES[int(np.argmax(totals))],
+    )
+
+
+def total_seconds(
+    model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps
+) -> float:
+    load = busy(model, placement, hardware, steps)
+    return float((step_seconds(model, placement, steps, load) * steps.n_repeats).sum())
+
+
+class Busy(NamedTuple):
+    """Of each step: seconds of each resource, and those that all sub-batches together spend
+    computing or waiting for the processor to attend."""
+
+    seconds: dict[Resource, Floats]
+    in_turn_s: Floats
+
+
+def busy(model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps) -> Busy:
+    times = _with_device if hardware.has_device else _in_place
+    seconds, in_turn_s = times(model, placement, hardware, steps)
+    disk_bytes = placement.n_disk_layers * model.layer_bytes
+    disk_s = disk_bytes / hardware.disk_read_bytes_per_s if disk_bytes else 0.0
+    seconds["disk"] = np.full(len(steps.n_repeats), disk_s)
+    return Busy(seconds, in_turn_s)
+
+
+def step_seconds(model: ModelSizes, placement: Placement, steps: Steps, load: Busy) -> Floats:
+    stacked = np.stack([load.seconds[r] for r in RESOURCES])
+    together = stacked.sum(axis=0)
+    if placement.look_ahead == 0:
+        return np.asarray(together)
+    longest = stacked.max(axis=0)
+    n_sub_batches = _sub_batches(placement, steps)
+    rest = (together - longest) / (model.n_layers * n_sub_batches)
+    in_parallel = np.maximum(longest, load.in_turn_s / n_sub_batches) + rest
+    return np.asarray(np.minimum(in_parallel, together))
+
+
+def _step_time(
+    model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps
+) -> StepTime:
+    load = busy(model, placement, hardware, steps)
+    step_s = float(step_seconds(model, placement, steps, load)[0])
+    return StepTime(step_s, {r: float(load.seconds[r][0]) for r in RESOURCES})
+
+
+def _sub_batches(placement: Placement, steps: Steps) -> Floats:
+    """A sub-batch has at least one row."""
+    return np.clip(steps.n_rows, 1, placement.n_sub_batches)
+
+
+def _with_device(model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps) -> Busy:
+    host_share = 1.0 - placement.kv_device_share
+    on_host = placement.attention == "host"
+    prefix = steps.prefix_tokens * model.kv_token_bytes * host_share
+    down = prefix
+    up = steps.n_tokens * model.kv_token_bytes * host_share
+    attended_on_host: Floats = np.zeros(len(prefix))
+    if on_host:  # queries and results cross instead of the prefix
+        query_bytes = model.n_layers * model.q_size * model.itemsize
+        down = steps.n_tokens * query_bytes * host_share
+        up = up + down
+        attended_on_host = prefix
+    down = down + placement.n_streamed_layers * model.layer_bytes
+    link_down, link_up = _link_seconds(hardware, down, up)
+    from_disk = placement.n_disk_layers * model.layer_bytes
+    on_device = placement.kv_device_share if on_host else 1.0
+    compute = _compute_seconds(model, placement, hardware, steps, on_device)
+    read = hardware.host_read_bytes_per_s
+    seconds: dict[Resource, Floats] = {
+        "link down": link_down,
+        "link up": link_up,
+        "compute": compute,
+        "host memory": (down + up + attended_on_host + from_disk) / read,
+    }
+    return Busy(seconds, compute + attended_on_host / read)
+
+
+def _in_place(model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps) -> Busy:
+    weights = _sub_batches(placement, steps) * model.n_layers * model.layer_bytes
+    kv = steps.prefix_tokens * model.kv_token_bytes
+    from_disk = placement.n_disk_layers * model.layer_bytes
+    nothing: Floats = np.zeros(len(kv))
+    compute = _compute_seconds(model, placement, hardware, steps, 1.0)
+    seconds: dict[Resource, Floats] = {
+        "link down": nothing,
+        "link up": nothing,
+        "compute": compute,
+        "host memory": (weights + kv + from_disk) / hardware.host_read_bytes_per_s,
+    }
+    return Busy(seconds, nothing)
+
+
+def _link_seconds(hardware: Hardware, down: Floats, up: Floats) -> tuple[Floats, Floats]:
+    """Both directions start together; when one ends, the other goes on at its rate alone."""
+    down_both, up_both = hardware.link_down_both_bytes_per_s, hardware.link_up_both_bytes_per_s
+    both_s = np.minimum(down / down_both, up / up_both)
+    down_s = both_s + (down - both_s * down_both) / hardware.link_down_bytes_per_s
+    up_s = both_s + (up - both_s * up_both) / hardware.link_up_bytes_per_s
+    return down_s, up_s
+
+
+def _compute_seconds(
+    model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps, kv_share: float
+) -> Floats:
+    """`kv_share`: of the rows, those attended to where the matrix products are made."""
+    n_sub_batches = _sub_batches(placement, steps)
+    read = hardware.compute_read_bytes_per_s
+    products = hardware.matmul.seconds(steps.n_tokens / n_sub_batches, model.layer_flops_per_token)
+    layer_s = n_sub_batches * (
+        np.maximum(products, model.layer_bytes / read) + hardware.cell_overhead_s
+    )
+    head_s = np.maximum(
+        hardware.matmul.seconds(steps.n_samples, model.head_flops_per_token),
+        np.where(steps.n_samples > 0, model.head_bytes / read, 0.0),
+    )
+    attention_s = kv_share * np.maximum(
+        steps.prefix_tokens * model.kv_token_layer_bytes / read,
+        steps.attended_tokens * model.attention_layer_flops / hardware.matmul.peak_flops_per_s,
+    )
+    return np.asarray(model.n_layers * (layer_s + attention_s) + head_s)

@@ -1,0 +1,111 @@
+"""Reads of a file that leave the page cache alone.
+
+With O_DIRECT the device writes straight into our memory, but offset, length and address must be
+multiples of a block. A piece that is not so aligned is read, with what surrounds it, into an
+aligned buffer and copied from there. Where the file system refuses O_DIRECT (network mounts,
+some overlays), reads are buffered and the kernel is told to drop each piece afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from sl_serve.errors import WeightReadError
+
+BLOCK_BYTES = 4096  # a multiple of every common device's logical block
+PIECE_BYTES = 2 << 20  # of one read: enough for the device's full rate, little enough to buffer
+BOUNCE_BYTES = PIECE_BYTES + 2 * BLOCK_BYTES  # a piece and the blocks that its ends lie in
+
+
+class DirectFile:
+    """A file open for reading; safe to use from several threads, each with its own `Bounce`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises WeightReadError when it cannot be opened."""
+        self.path = path
+        try:
+            self._descriptor, self.is_direct = _open(path)
+        except OSError as error:
+            raise WeightReadError(f"{path}: cannot be opened ({error.strerror})") from None
+
+    @classmethod
+    def adopt(cls, descriptor: int, path: Path) -> DirectFile:
+        """An open file without a name; `path` says where it was, for messages."""
+        file = cls.__new__(cls)
+        file.path, file._descriptor, file.is_direct = path, descriptor, _make_direct(descriptor)
+        return file
+
+    def read_into(self, address: int, offset: int, n_bytes: int, bounce: Bounce) -> None:
+        """Fill memory at `address` with n_bytes <= PIECE_BYTES from `offset`.
+
+        Raises WeightReadError when the file is shorter or the device fails.
+        """
+        assert n_bytes <= PIECE_BYTES
+        if not self.is_direct:
+            self._read(_memory(address, n_bytes), offset, n_bytes)
+            with suppress(OSError):
+                os.posix_fadvise(self._descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
+        elif (address | offset | n_bytes) % BLOCK_BYTES == 0:
+            self._read(_memory(address, n_bytes), offset, n_bytes)
+        else:
+            start = offset // BLOCK_BYTES * BLOCK_BYTES
+            stop = -(-(offset + n_bytes) // BLOCK_BYTES) * BLOCK_BYTES
+            self._read(bounce.view[: stop - start], start, offset + n_bytes - start)
+            ctypes.memmove(address, bounce.address + offset - start, n_bytes)
+
+    def _read(self, into: memoryview, offset: int, n_needed: int) -> None:
+        """Fill `into` from `offset`, or at least its first n_needed bytes where the file ends."""
+        n_read = 0
+        while n_read < n_needed:
+            try:
+                n = os.preadv(self._descriptor, [into[n_read:]], offset + n_read)
+            except OSError as error:
+                raise WeightReadError(
+                    f"{self.path}: reading at byte {offset + n_read} failed ({error.strerror}); "
+                    "check the disk"
+                ) from None
+            if n == 0 or (self.is_direct and n % BLOCK_BYTES and n_read + n < n_needed):
+                raise WeightReadError(
+                    f"{self.path}: ends at byte {offset + n_read + n}, bytes up to "
+                    f"{offset + n_needed} are needed; it was cut short while in use"
+                )
+            n_read += n
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class Bounce:
+    """An aligned buffer for one thread's unaligned pieces."""
+
+    def __init__(self) -> None:
+        self._area = mmap.mmap(-1, BOUNCE_BYTES)
+        self.view = memoryview(self._area)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._area))
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    if hasattr(os, "O_DIRECT"):
+        with suppress(OSError):
+            return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+    return os.open(path, os.O_RDONLY), False
+
+
+def _make_direct(descriptor: int) -> bool:
+    """Switch an open file to direct reads; False where the file system has none."""
+    import fcntl
+
+    try:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _memory(address: int, n_bytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * n_bytes).from_address(address)).cast("B")

@@ -1,0 +1,96 @@
+"""The probes run and yield numbers; how large they are is the machine's business."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sl_serve.errors import UserError
+from sl_serve.ops import TorchOps
+from sl_serve.plan import probe as probing
+from sl_serve.plan.hardware import Hardware
+from sl_serve.plan.probe import Shapes, disk_read_bytes_per_s, matmul_rates, probe
+from sl_serve.weights.dummy import open_dummy
+from tests.plan.examples import shorten_probes
+
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_probes(monkeypatch)
+
+
+def shapes(name: str = "opt-125m") -> Shapes:
+    return Shapes(open_dummy(name).config, torch.float32, "float32")
+
+
+def test_the_whole_machine(tmp_path: Path) -> None:
+    said: list[str] = []
+    found = probe(shapes(), tmp_path, 1, said.append)
+    assert isinstance(found, Hardware)
+    assert not found.has_device
+    assert min(found.host_bytes, found.disk_bytes) > 0
+    assert min(found.host_read_bytes_per_s, found.disk_read_bytes_per_s) > 0
+    assert [rows for rows, _ in found.matmul.points] == [1, 8]
+    assert found.cell_overhead_s > 0
+    assert said == ["host memory", f"disk at {tmp_path}", "matrix products"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_disk_is_asked_for() -> None:
+    found = probe(shapes(), None, 1, lambda _: None)
+    assert (found.disk_bytes, found.disk_read_bytes_per_s) == (0, 0)
+
+
+def test_every_byte_of_the_file_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, int]] = []
+
+    class Reader(probing.DirectFile):
+        def read_into(self, address: int, offset: int, n_bytes: int, bounce: object) -> None:
+            read.append((offset, n_bytes))
+            super().read_into(address, offset, n_bytes, bounce)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(probing, "DirectFile", Reader)
+    assert disk_read_bytes_per_s(tmp_path) > 0
+    n = probing.PIECE_BYTES
+    assert sorted(read) == [(i * n, n) for i in range(17 * MIB // n)]
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--disk-dir .*nowhere: No such file"):
+        probe(shapes(), tmp_path / "nowhere", 1, lambda _: None)
+
+
+def test_products_are_those_of_the_models_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[int, int, int]] = set()
+
+    class Watched(TorchOps):
+        def linear(
+            self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+        ) -> torch.Tensor:
+            seen.add((len(x), *w.shape))
+            assert w.stride(0) == 1  # as layers lie in memory
+            return super().linear(name, x, w, bias)
+
+    monkeypatch.setattr(probing, "SWEEP_BYTES", 100 * MIB)
+    matmul_rates(Watched(), shapes())
+    matrices = {(768, 3 * 768), (768, 768), (768, 3072), (3072, 768)}
+    assert seen == {(rows, *m) for rows in (1, 8) for m in matrices}
+
+
+def test_wide_layers_are_timed_in_part() -> None:
+    assert all(rate > 0 for _, rate in matmul_rates(TorchOps(), shapes("llama-3.1-405b")).points)
+
+
+def test_the_file_is_no_larger_than_a_quarter_of_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "_free_disk_bytes", lambda _: 33 * MIB)
+    with probing._file_on(tmp_path) as file:
+        assert os.fstat(file.fileno()).st_size == 8 * MIB
