@@ -65,13 +65,25 @@ def run(
 def predict(
     case_name: Annotated[str, typer.Option("--case", help="On this machine, then run.")] = "",
     flexgen: Annotated[bool, typer.Option("--flexgen", help="On FlexGen's, published.")] = False,
+    simulate: Annotated[
+        str, typer.Option(help="On a profile, such as t4, stepped through on the virtual clock.")
+    ] = "",
+    shape: Annotated[
+        str, typer.Option(help="Model to simulate, with random weights.")
+    ] = "opt-125m",
     json_path: Annotated[Path | None, typer.Option("--json", help="Where to write it all.")] = None,
 ) -> None:
-    """What the planner predicts, beside what is measured or was published."""
+    """What the planner predicts, beside what is measured, simulated or was published."""
     from bench import predict as p
+    from bench.simulate import simulation, simulation_table
 
-    if bool(case_name) == flexgen:
-        raise BenchError("give either --case NAME or --flexgen")
+    if bool(case_name) + flexgen + bool(simulate) != 1:
+        raise BenchError("give one of --case NAME, --flexgen and --simulate PROFILE")
+    if simulate:
+        report = simulation(shape, simulate)
+        Console().print(simulation_table(report))
+        _write(report, json_path)
+        return
     if flexgen:
         rows = p.predict_flexgen()
         Console().print(p.flexgen_table(rows))

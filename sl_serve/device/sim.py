@@ -27,6 +27,7 @@ from sl_serve.device.base import Event, Stream
 from sl_serve.device.timeline import Span
 from sl_serve.errors import SlServeError
 from sl_serve.host_memory import host_empty
+from sl_serve.plan.hardware import Hardware
 
 
 class SlotReuseError(SlServeError):
@@ -41,6 +42,16 @@ class HardwareProfile:
     down_bytes_per_s: float
     up_bytes_per_s: float
     flops_per_s: float
+
+    @classmethod
+    def of(cls, hardware: Hardware) -> HardwareProfile:
+        """A machine that the planner knows."""
+        return cls(
+            hardware.name,
+            hardware.link_down_bytes_per_s,
+            hardware.link_up_bytes_per_s,
+            hardware.matmul.peak_flops_per_s,
+        )
 
 
 PCIE4_A100 = HardwareProfile("pcie4-a100", 24e9, 22e9, 200e12)

@@ -9,7 +9,7 @@ from fractions import Fraction
 from sl_serve.config import EngineConfig
 from sl_serve.errors import MemoryBudgetError
 from sl_serve.plan.budget import MIB, exact_size, gib
-from sl_serve.plan.pools import KVPools
+from sl_serve.plan.pools import KVPools, floor_power_of_two
 
 # Left to the rest of the machine and to what is not counted one by one (interpreter, libraries).
 MARGIN_SHARE = 0.08
@@ -88,7 +88,10 @@ def useful_kv_bytes(config: EngineConfig, pools: KVPools, most_bytes: int) -> in
         return config.kv_memory_bytes
     longest = pools.model.max_positions
     row_tokens = min(config.max_model_len or longest, longest)
-    return min(most_bytes, pools.bytes_for(config.scheduler.max_rows * row_tokens))
+    scheduler = config.scheduler
+    max_slab_width = floor_power_of_two(scheduler.max_rows // scheduler.n_sub_batches)
+    useful = pools.bytes_for_rows(scheduler.max_rows, row_tokens, max_slab_width)
+    return min(most_bytes, useful)
 
 
 def _too_large(config: EngineConfig, budget: Budget, kv_bytes: int) -> MemoryBudgetError:

@@ -60,6 +60,17 @@ class KVPools:
         spec = self.spec(n_tokens * self.token_bytes)
         return max(FULL_SLAB_CHUNKS, -(-n_tokens // spec.chunk_tokens)) * spec.chunk_bytes
 
+    def bytes_for_rows(self, n_rows: int, row_tokens: int, max_slab_width: int) -> int:
+        """A pool that holds so many rows of that length side by side, whole slabs of them. Larger
+        pools have larger chunks, so the size is approached from below."""
+        n_bytes, needed = 0, self.bytes_for(n_rows * row_tokens)
+        while n_bytes < needed:
+            n_bytes, spec = needed, self.spec(needed)
+            width = spec.width_for(row_tokens, min(max_slab_width, spec.chunk_tokens))
+            chunks_per_slab = -(-row_tokens // spec.positions(width))
+            needed = -(-n_rows // width) * chunks_per_slab * spec.chunk_bytes
+        return n_bytes
+
 
 def floor_power_of_two(n: int) -> int:
     return 1 << (max(n, 1).bit_length() - 1)

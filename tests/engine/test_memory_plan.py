@@ -254,6 +254,20 @@ def test_the_pool_for_some_tokens_is_the_smallest_that_holds_them(
     assert pools.tokens_in(n_bytes) >= n_tokens > pools.tokens_in(n_bytes - 1)
 
 
+@pytest.mark.parametrize("n_sub_batches", [1, 4])
+@pytest.mark.parametrize("n_tokens", [1, 30, 108, 300, 1000])
+@pytest.mark.parametrize("n_rows", [1, 7, 16, 100])
+def test_where_there_is_memory_all_rows_run_at_full_length(
+    n_rows: int, n_tokens: int, n_sub_batches: int
+) -> None:
+    scheduler = SchedulerConfig(max_rows=n_rows, n_sub_batches=min(n_sub_batches, n_rows))
+    found = plan(64 * GIB, EngineConfig(max_model_len=n_tokens, scheduler=scheduler))
+    residents = Residents(found.kv, found.n_chunks, found.max_rows, found.max_slab_width)
+    for i in range(n_rows):
+        request = Request(f"{i}", [0] * n_tokens, SamplingParams(), lambda _: None)
+        assert residents.admit(request, expected_tokens=n_tokens)
+
+
 # Refusals. What they suggest is tried.
 
 
