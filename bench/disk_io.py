@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
@@ -17,6 +18,7 @@ _SLOT_BYTES = 64 << 20  # about a layer
 _N_SLOTS = 2
 _PIECE_BYTES = 4 << 20
 _N_THREADS = 4
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def _read_plainly(path: Path) -> None:
     buffers = threading.local()
 
     def prepare() -> None:
-        buffers.mine = mmap.mmap(-1, _PIECE_BYTES)  # aligned to a page
+        buffers.mine = _huge_pages(_PIECE_BYTES)
 
     def read(offset: int) -> int:
         return os.preadv(descriptor, [buffers.mine], offset)
@@ -111,6 +113,18 @@ def _read_plainly(path: Path) -> None:
         os.close(descriptor)
     if n_read != path.stat().st_size:
         raise BenchError(f"{path}: {n_read} of {path.stat().st_size} bytes could be read")
+
+
+def _huge_pages(n_bytes: int) -> memoryview:
+    """Memory in as few pieces as there can be. A read into 4 KiB pages needs an entry for each of
+    them, and devices take a few hundred in one request: measured on a virtual disk, 0.9 GB/s into
+    such pages and 2.2 GB/s into huge ones."""
+    area = mmap.mmap(
+        -1, n_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # a shared mapping, the default, has no huge pages
+    area.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(area)) % _HUGE_PAGE_BYTES
+    return memoryview(area)[start : start + n_bytes]
 
 
 def _refused(path: Path) -> BenchError:

@@ -44,7 +44,10 @@ Device = Annotated[
         "cpu: weights and KV used in place. cuda: an NVIDIA GPU. sim: a simulated accelerator.",
     ),
 ]
-DType = Annotated[DTypeName, _option(MEMORY, "--dtype", "Arithmetic, weights and KV.")]
+DType = Annotated[
+    DTypeName | None,
+    _option(MEMORY, "--dtype", "Arithmetic and KV. Default: bfloat16 on cuda, else float32."),
+]
 Load = Annotated[
     LoadFormat,
     _option(
@@ -189,7 +192,7 @@ ReportJson = Annotated[bool, _option(PLAN, "--json", "Print everything as JSON."
 def engine_config(
     *,
     device: DeviceName,
-    dtype: DTypeName,
+    dtype: DTypeName | None,
     load_format: LoadFormat,
     kv_memory: str | None,
     host_memory: str | None,
@@ -206,7 +209,7 @@ def engine_config(
     """Raises UserError for a size that cannot be read."""
     return EngineConfig(
         device=device,
-        dtype=dtype,
+        dtype=dtype or ("bfloat16" if device == "cuda" else "float32"),
         load_format=load_format,
         max_model_len=max_model_len,
         kv_memory_bytes=None if kv_memory is None else parse_size(kv_memory),
