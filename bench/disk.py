@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from bench.errors import BenchError
 from bench.machine import describe_commit, describe_machine, describe_versions
 from bench.measurement import Measurement
 from bench.runner import OURS
+from sl_serve.cli import OPENMP_SPINS
 
 PEER = "accelerate"
 Job = Callable[[str, int], dict[str, Any]]  # system, number of requests -> what the worker wrote
@@ -64,7 +66,7 @@ def run(
 ) -> None:
     """Measure sl-serve with its layers on disk, beside the disk's own rate and a peer."""
     from bench.bound import model_matrices, read_model_config
-    from bench.disk_report import build_report, render
+    from bench.disk_report import TABLE_WIDTH, build_report, render
     from sl_serve.plan.budget import parse_size
 
     if peers not in ("", PEER):
@@ -86,7 +88,7 @@ def run(
     results = run_all(systems(peers), repeat, job, lambda: measure_bandwidth(files), progress.log)
     matrices = model_matrices(read_model_config(folder))
     report = about | build_report(results, matrices, host_memory_bytes)
-    Console().print(render(report))
+    Console(width=max(TABLE_WIDTH, Console().width)).print(render(report))
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -173,7 +175,11 @@ class SubprocessJob:
             command = [sys.executable, "-m", "bench", "disk-worker", "--system", system]
             command += ["--model", str(self.model), "--requests", str(n_requests)]
             command += ["--host-memory-bytes", str(self.host_memory_bytes), "--json", str(answer)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            # As the command line starts it: waiting threads leave the cores to those that read.
+            environment = {"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ}
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env=environment
+            )
             if done.returncode:
                 tail = "\n".join(done.stderr.strip().splitlines()[-8:])
                 raise BenchError(f"{system} ended with exit code {done.returncode}: {tail}")

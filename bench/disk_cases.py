@@ -10,7 +10,7 @@ from bench.cases import Case
 from sl_serve.config import EngineConfig, SchedulerConfig
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 16
-MAX_MODEL_LEN = 128
+MAX_MODEL_LEN = PROMPT_TOKENS + OUTPUT_TOKENS
 FEW_REQUESTS = (1, 4)  # reading takes nearly all of a step
 MANY_REQUESTS = 32  # and is hidden behind the prefill's arithmetic here
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 4, 2

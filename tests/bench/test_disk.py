@@ -182,7 +182,7 @@ def test_the_peer_reads_its_layers_once_or_every_time(
 
 def test_the_ceiling_is_passed_on(small: Path) -> None:
     engine = disk_case(small, 4, 700 * 10**6).engine
-    assert (engine.host_memory_bytes, engine.max_model_len) == (700 * 10**6, 128)
+    assert (engine.host_memory_bytes, engine.max_model_len) == (700 * 10**6, 80)
     assert engine.scheduler.max_rows == 4
 
 
