@@ -17,7 +17,8 @@ def host_empty(n_bytes: int) -> torch.Tensor:
     Huge pages spare attention and matmuls most of their address translation: a pass over
     gigabytes touches each 4 KiB page once and would miss in the TLB every time.
     """
-    area = mmap.mmap(-1, n_bytes)
+    # Python's default for anonymous memory is a shared mapping, which gets no huge pages.
+    area = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             area.madvise(mmap.MADV_HUGEPAGE)

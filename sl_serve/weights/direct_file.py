@@ -9,12 +9,12 @@ some overlays), reads are buffered and the kernel is told to drop each piece aft
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from sl_serve.errors import WeightReadError
+from sl_serve.host_memory import host_empty
 
 BLOCK_BYTES = 4096  # a multiple of every common device's logical block
 PIECE_BYTES = 2 << 20  # of one read: enough for the device's full rate, little enough to buffer
@@ -83,9 +83,9 @@ class Bounce:
     """An aligned buffer for one thread's unaligned pieces."""
 
     def __init__(self) -> None:
-        self._area = mmap.mmap(-1, BOUNCE_BYTES)
-        self.view = memoryview(self._area)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._area))
+        self._area = host_empty(BOUNCE_BYTES)
+        self.address = self._area.data_ptr()
+        self.view = _memory(self.address, BOUNCE_BYTES)
 
 
 def _open(path: Path) -> tuple[int, bool]:
