@@ -175,8 +175,9 @@ class SubprocessJob:
             command = [sys.executable, "-m", "bench", "disk-worker", "--system", system]
             command += ["--model", str(self.model), "--requests", str(n_requests)]
             command += ["--host-memory-bytes", str(self.host_memory_bytes), "--json", str(answer)]
-            # As the command line starts it: waiting threads leave the cores to those that read.
-            environment = {"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ}
+            # As our command line starts: waiting threads leave the cores to those that read.
+            ours = {"GOMP_SPINCOUNT": OPENMP_SPINS} if system == OURS else {}
+            environment = {**ours, **os.environ}
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, env=environment
             )

@@ -17,8 +17,10 @@ from sl_serve.errors import WeightReadError
 from sl_serve.host_memory import host_empty
 
 BLOCK_BYTES = 4096  # a multiple of every common device's logical block
-PIECE_BYTES = 2 << 20  # of one read: enough for the device's full rate, little enough to buffer
-BOUNCE_BYTES = PIECE_BYTES + 2 * BLOCK_BYTES  # a piece and the blocks that its ends lie in
+# One huge page: a read into 4 KiB pages is cut into requests of some hundred pieces of memory.
+BOUNCE_BYTES = 2 << 20
+# Of one read: enough for the device's full rate. A bounce holds it and the blocks its ends lie in.
+PIECE_BYTES = BOUNCE_BYTES - 2 * BLOCK_BYTES
 
 
 class DirectFile:
@@ -83,8 +85,8 @@ class Bounce:
     """An aligned buffer for one thread's unaligned pieces."""
 
     def __init__(self) -> None:
-        self._area = host_empty(BOUNCE_BYTES)
-        self.address = self._area.data_ptr()
+        self._area = host_empty(2 * BOUNCE_BYTES)
+        self.address = -(-self._area.data_ptr() // BOUNCE_BYTES) * BOUNCE_BYTES
         self.view = _memory(self.address, BOUNCE_BYTES)
 
 
