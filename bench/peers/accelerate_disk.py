@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from bench.cases import Case
 from bench.disk_cases import WARM_UP_REQUESTS, WARM_UP_TOKENS, DiskStep, stored_bytes
 from bench.disk_io import drop_page_cache, read_bytes, weight_files
 from bench.measurement import Measurement, check_outputs, peak_rss_bytes
+from bench.peers.hf import generate, without_ends
 
 VARIANTS = ("bfloat16", "float32", "bfloat16:uncached", "float32:uncached")
 _DEVICES = {
@@ -67,11 +68,11 @@ def measure(case: Case, model: Path, variant: str) -> Measurement:
         start = time.perf_counter()
         network = _load(model, dtype, folder)
         load_s = time.perf_counter() - start
-        _generate(network, case.warm_up_prompts()[:WARM_UP_REQUESTS], WARM_UP_TOKENS)
+        generate(network, case.warm_up_prompts()[:WARM_UP_REQUESTS], WARM_UP_TOKENS)
         drop_page_cache(files)
         recorder = _Recorder(case.n_requests * case.prompt_tokens, files if uncached else [])
         start = time.perf_counter()
-        output_ids = _generate(network, case.prompts(), case.output_tokens, recorder)
+        output_ids = generate(network, case.prompts(), case.output_tokens, recorder)
         wall_s = time.perf_counter() - start - recorder.dropping_s
     check_outputs(case, output_ids)
     stored = stored_bytes(model)
@@ -92,25 +93,4 @@ def _load(model: Path, dtype: str, folder: str) -> Any:
         offload_state_dict=True,
         attn_implementation="sdpa",
     )
-    network.eval()
-    # No end token: each request runs to its length, and no token is ruled out on the way.
-    network.generation_config.eos_token_id = None
-    network.generation_config.pad_token_id = 0
-    return network
-
-
-def _generate(
-    network: Any, prompts: list[list[int]], n_tokens: int, recorder: _Recorder | None = None
-) -> list[list[int]]:
-    """Greedy continuations. Prompts of one length, so that there is no padding."""
-    ids = torch.tensor(prompts)
-    with torch.inference_mode():
-        output = network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=n_tokens,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([recorder] if recorder else []),
-        )
-    tokens: list[list[int]] = output[:, ids.shape[1] :].tolist()
-    return tokens
+    return without_ends(network)

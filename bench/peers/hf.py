@@ -43,7 +43,7 @@ def probe(case: Case, model: Path) -> Probe:
     best: dict[str, str] = {}
     for dtype in case.peer_dtypes:
         network = _load(model, dtype)
-        _generate(network, case.warm_up_prompts()[:4], 2)
+        generate(network, case.warm_up_prompts()[:4], 2)
         for batch in case.peer_batches:
             variant = f"{dtype}:{batch}"
             estimates[variant] = _estimate(case, network, batch)
@@ -65,11 +65,11 @@ def measure(case: Case, model: Path, variant: str) -> Measurement:
     start = time.perf_counter()
     network = _load(model, dtype)
     load_s = time.perf_counter() - start
-    _generate(network, case.warm_up_prompts()[: int(batch)], WARM_UP_TOKENS)
+    generate(network, case.warm_up_prompts()[: int(batch)], WARM_UP_TOKENS)
     prompts, output_ids = case.prompts(), list[list[int]]()
     start = time.perf_counter()
     for first in range(0, case.n_requests, int(batch)):
-        output_ids += _generate(network, prompts[first : first + int(batch)], case.output_tokens)
+        output_ids += generate(network, prompts[first : first + int(batch)], case.output_tokens)
     wall_s = time.perf_counter() - start
     check_outputs(case, output_ids)
     extras = {"dtype": dtype, "batch": int(batch), "threads": torch.get_num_threads()}
@@ -81,15 +81,19 @@ def _load(model: Path, dtype: str) -> Any:
     network: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", **file
     )
+    return without_ends(network)
+
+
+def without_ends(network: Any) -> Any:
+    """Each request runs to its length, and no token is ruled out on the way."""
     network.eval()
-    # No end token: each request runs to its length, and no token is ruled out on the way.
     network.generation_config.eos_token_id = None
     network.generation_config.pad_token_id = 0
     return network
 
 
-def _generate(
-    network: Any, prompts: list[list[int]], n_tokens: int, clock: _Clock | None = None
+def generate(
+    network: Any, prompts: list[list[int]], n_tokens: int, observer: StoppingCriteria | None = None
 ) -> list[list[int]]:
     """Greedy continuations. Prompts of one length, so that there is no padding."""
     ids = torch.tensor(prompts)
@@ -99,7 +103,7 @@ def _generate(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=n_tokens,
             do_sample=False,
-            stopping_criteria=StoppingCriteriaList([clock] if clock else []),
+            stopping_criteria=StoppingCriteriaList([observer] if observer else []),
         )
     tokens: list[list[int]] = output[:, ids.shape[1] :].tolist()
     return tokens
@@ -109,7 +113,7 @@ def _estimate(case: Case, network: Any, batch: int) -> float:
     """Tokens per second of the whole case at this batch size, from a few steps of one batch."""
     clock = _Clock()
     start = time.perf_counter()
-    _generate(network, case.prompts()[:batch], min(_PROBE_TOKENS, case.output_tokens), clock)
+    generate(network, case.prompts()[:batch], min(_PROBE_TOKENS, case.output_tokens), clock)
     first_token_s = clock.ticks[0] - start
     step_s = statistics.median(b - a for a, b in zip(clock.ticks, clock.ticks[1:], strict=False))
     n_batches = -(-case.n_requests // batch)

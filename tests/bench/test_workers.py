@@ -61,7 +61,7 @@ def test_estimates_come_from_the_first_token_and_the_median_step(
     def generate(network: object, prompts: object, n: int, clock: hf._Clock) -> None:
         clock.ticks += [1003.0, 1003.5, 1004.0, 1009.0]  # 3 s, then steps of 0.5, 0.5 and 5 s
 
-    monkeypatch.setattr(hf, "_generate", generate)
+    monkeypatch.setattr(hf, "generate", generate)
     monkeypatch.setattr(hf.time, "perf_counter", lambda: 1000.0)
     # two batches of 4, each 3 + 7 * 0.5 s, for 64 tokens
     assert hf._estimate(TINY, None, 4) == pytest.approx(64 / 13)

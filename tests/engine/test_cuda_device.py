@@ -101,11 +101,15 @@ def test_memory_that_cannot_be_registered_is_used_all_the_same(
 def test_the_error_of_a_refusal_is_cleared_by_a_launch_that_fails(
     device: LazyCudaDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    launched: list[float] = []
+
     def fill(tensor: torch.Tensor, value: float) -> torch.Tensor:
+        launched.append(value)
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch.Tensor, "fill_", fill)
     device._clear_error()
+    assert len(launched) == 1
 
 
 def test_a_part_of_registered_memory_is_registered(device: LazyCudaDevice) -> None:

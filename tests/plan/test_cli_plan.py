@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ import pytest
 import typer
 from transformers import LlamaForCausalLM
 
-from sl_serve.cli import app, main
+from sl_serve.cli import app
 from sl_serve.plan.profiles import PROFILES
 from tests.plan.examples import shorten_probes
+from tests.test_cli import sl_serve
 
 GIB = 1 << 30
 
@@ -19,17 +19,6 @@ GIB = 1 << 30
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten_probes(monkeypatch)
-
-
-def sl_serve(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
-) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["sl-serve", *arguments])
-    with pytest.raises(SystemExit) as exited:
-        main()
-    out, err = capfd.readouterr()
-    return int(exited.value.code or 0), out, " ".join(err.split())
 
 
 def test_a_shape_on_a_machine_that_is_not_there(
