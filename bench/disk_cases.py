@@ -40,9 +40,7 @@ def disk_case(model: Path, n_requests: int, host_memory_bytes: int) -> Case:
         engine=EngineConfig(
             host_memory_bytes=host_memory_bytes,
             max_model_len=MAX_MODEL_LEN,
-            # Small enough a chunk that all rows' KV fits under the ceiling, large enough that the
-            # prefill's arithmetic hides the reading.
-            scheduler=SchedulerConfig(max_rows=n_requests, prefill_chunk_tokens=256),
+            scheduler=SchedulerConfig(max_rows=n_requests),
         ),
     )
 

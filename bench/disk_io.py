@@ -70,7 +70,7 @@ def read_bytes() -> int:
 
 def _read_as_engine(path: Path) -> None:
     from sl_serve.weights.direct_file import DirectFile
-    from sl_serve.weights.disk import DiskRing, Extent, Readers
+    from sl_serve.weights.disk import DiskRing, Extent, Readers, slot_bytes
     from sl_serve.weights.host import host_images_of
 
     file = DirectFile(path)
@@ -79,7 +79,7 @@ def _read_as_engine(path: Path) -> None:
         [Extent(file, start, min(_SLOT_BYTES, size - start), 0)]
         for start in range(0, size, _SLOT_BYTES)
     ]
-    slots = host_images_of(_SLOT_BYTES, range(_N_SLOTS))
+    slots = host_images_of(slot_bytes(_SLOT_BYTES), range(_N_SLOTS))
     readers = Readers()
     ring = DiskRing(range(len(extents)), extents, list(slots.values()), readers)
     try:

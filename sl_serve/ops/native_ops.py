@@ -9,6 +9,7 @@ import torch
 
 from sl_serve.kv.rows import FIELDS, RowTable
 from sl_serve.ops.protocol import KVRegion
+from sl_serve.ops.scratch import HostScratch
 from sl_serve.ops.torch_ops import TorchOps
 
 
@@ -21,7 +22,7 @@ class NativeOps(TorchOps):
         assert len(FIELDS) == ROW_FIELDS, "rows.py and kernels.hpp disagree"
         target = target or targets()[0]
         self.name = f"native ({target})"
-        super().__init__(torch.float32)
+        super().__init__(torch.float32, HostScratch(torch.float32))
         self._core = Core(target, n_threads)
         self._weight_dtypes = {getattr(torch, d.name): d for d in Dtype}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sl_serve.host_memory import host_empty
+
 
 class Scratch:
     """Named buffers that grow to the largest step.
@@ -22,5 +24,17 @@ class Scratch:
         n = n_lines * width
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < n:
-            buffer = self._buffers[name] = torch.empty(n, dtype=self._dtype, device=self._device)
+            self._buffers.pop(name, None)  # never both at once
+            buffer = self._buffers[name] = self._empty(n)
         return buffer[:n].view(n_lines, width)
+
+    def _empty(self, n: int) -> torch.Tensor:
+        return torch.empty(n, dtype=self._dtype, device=self._device)
+
+
+class HostScratch(Scratch):
+    """Straight from the system: what a smaller step used goes back to it, where a heap would keep
+    the hole."""
+
+    def _empty(self, n: int) -> torch.Tensor:
+        return host_empty(n * self._dtype.itemsize).view(self._dtype)

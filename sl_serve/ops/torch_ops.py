@@ -19,9 +19,9 @@ CONVERTED_COLUMNS = 1024  # of a stored weight at a time: the copy stays small b
 class TorchOps:
     name = "torch"
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, scratch: Scratch | None = None) -> None:
         self.dtype = dtype
-        self._scratch = Scratch(dtype)
+        self._scratch = scratch or Scratch(dtype)
 
     def linear(
         self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None

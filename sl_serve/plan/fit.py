@@ -22,7 +22,7 @@ from sl_serve.plan.memory import MemoryPlan, WeightSizes
 from sl_serve.plan.pools import KVPools, floor_power_of_two
 from sl_serve.plan.step_memory import StepMemory, n_ring_slots, step_memory
 from sl_serve.weights.direct_file import BOUNCE_BYTES
-from sl_serve.weights.disk import N_READERS
+from sl_serve.weights.disk import N_READERS, slot_bytes
 from sl_serve.weights.head import N_PIECES
 from sl_serve.weights.head import PIECE_BYTES as HEAD_PIECE_BYTES
 
@@ -193,10 +193,11 @@ class _Fit:
         config, sizes = self.config, self.host_sizes
         if not sizes.disk_tier or holds_kv(config, self.pools, everything):
             return _Tiers(kv_pool_bytes(config, self.pools, everything), sizes.static_bytes)
-        ring = n_ring_slots(self.in_place, config.scheduler.look_ahead) * sizes.layer_bytes
-        ring += N_READERS * BOUNCE_BYTES
+        n_slots = n_ring_slots(self.in_place, config.scheduler.look_ahead)
+        ring = n_slots * slot_bytes(sizes.layer_bytes) + N_READERS * BOUNCE_BYTES
         on_disk = sizes.vocabulary_in_file
-        pieces = N_PIECES * min(HEAD_PIECE_BYTES, sizes.head_bytes) if on_disk else 0
+        piece = slot_bytes(min(HEAD_PIECE_BYTES, sizes.head_bytes))
+        pieces = N_PIECES * piece if on_disk else 0
         static = sizes.others_bytes if on_disk else sizes.static_bytes
         least = replace(
             everything, weights_bytes=static, others_bytes=everything.others_bytes + ring + pieces

@@ -1,15 +1,17 @@
 """Reads of a file that leave the page cache alone.
 
 With O_DIRECT the device writes straight into our memory, but offset, length and address must be
-multiples of a block. A piece that is not so aligned is read, with what surrounds it, into an
-aligned buffer and copied from there. Where the file system refuses O_DIRECT (network mounts,
-some overlays), reads are buffered and the kernel is told to drop each piece afterwards.
+multiples of a block. Where file and memory lie alike within a block, only the blocks that a piece
+shares with its neighbours pass through an aligned buffer, all in one call; elsewhere the whole
+piece does. Where the file system refuses O_DIRECT (network mounts, some overlays), reads are
+buffered and the kernel is told to drop each piece afterwards.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,23 +50,45 @@ class DirectFile:
         """
         assert n_bytes <= PIECE_BYTES
         if not self.is_direct:
-            self._read(_memory(address, n_bytes), offset, n_bytes)
+            self._read([_memory(address, n_bytes)], offset, n_bytes)
             with suppress(OSError):
                 os.posix_fadvise(self._descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
-        elif (address | offset | n_bytes) % BLOCK_BYTES == 0:
-            self._read(_memory(address, n_bytes), offset, n_bytes)
+            return
+        inner_start = -(-offset // BLOCK_BYTES) * BLOCK_BYTES
+        inner_stop = (offset + n_bytes) // BLOCK_BYTES * BLOCK_BYTES
+        if (address - offset) % BLOCK_BYTES or inner_stop <= inner_start:
+            self._read_through(bounce, address, offset, n_bytes)
         else:
-            start = offset // BLOCK_BYTES * BLOCK_BYTES
-            stop = -(-(offset + n_bytes) // BLOCK_BYTES) * BLOCK_BYTES
-            self._read(bounce.view[: stop - start], start, offset + n_bytes - start)
-            ctypes.memmove(address, bounce.address + offset - start, n_bytes)
+            self._read_around(bounce, address, offset, n_bytes, inner_start, inner_stop)
 
-    def _read(self, into: memoryview, offset: int, n_needed: int) -> None:
-        """Fill `into` from `offset`, or at least its first n_needed bytes where the file ends."""
+    def _read_through(self, bounce: Bounce, address: int, offset: int, n_bytes: int) -> None:
+        """All of it into the buffer and from there."""
+        start = offset // BLOCK_BYTES * BLOCK_BYTES
+        stop = -(-(offset + n_bytes) // BLOCK_BYTES) * BLOCK_BYTES
+        self._read([bounce.view[: stop - start]], start, offset + n_bytes - start)
+        ctypes.memmove(address, bounce.address + offset - start, n_bytes)
+
+    def _read_around(
+        self, bounce: Bounce, address: int, offset: int, n_bytes: int, start: int, stop: int
+    ) -> None:
+        """Blocks from `start` to `stop` straight to where they belong, the one before and the one
+        after, of which a part is wanted, through the buffer."""
+        n_before, n_after = start - offset, offset + n_bytes - stop
+        before = bounce.view[: BLOCK_BYTES if n_before else 0]
+        after = bounce.view[BLOCK_BYTES : 2 * BLOCK_BYTES if n_after else BLOCK_BYTES]
+        inner = _memory(address + n_before, stop - start)
+        first = start - len(before)
+        self._read([before, inner, after], first, offset + n_bytes - first)
+        ctypes.memmove(address, bounce.address + BLOCK_BYTES - n_before, n_before)
+        ctypes.memmove(address + n_bytes - n_after, bounce.address + BLOCK_BYTES, n_after)
+
+    def _read(self, into: Sequence[memoryview], offset: int, n_needed: int) -> None:
+        """Fill `into`, one after another, from `offset`, or at least the first n_needed bytes of it
+        where the file ends."""
         n_read = 0
         while n_read < n_needed:
             try:
-                n = os.preadv(self._descriptor, [into[n_read:]], offset + n_read)
+                n = os.preadv(self._descriptor, _from(into, n_read), offset + n_read)
             except OSError as error:
                 raise WeightReadError(
                     f"{self.path}: reading at byte {offset + n_read} failed ({error.strerror}); "
@@ -107,6 +131,16 @@ def _make_direct(descriptor: int) -> bool:
     except (OSError, AttributeError):
         return False
     return True
+
+
+def _from(views: Sequence[memoryview], n_bytes: int) -> list[memoryview]:
+    """What follows the first n_bytes of the views."""
+    rest = []
+    for view in views:
+        if n_bytes < len(view):
+            rest.append(view[n_bytes:])
+        n_bytes = max(0, n_bytes - len(view))
+    return rest
 
 
 def _memory(address: int, n_bytes: int) -> memoryview:

@@ -4,20 +4,25 @@ The order in which layers are needed never changes, so the ring simply reads on 
 read number s brings disk layer s mod n into slot s mod n_slots. A slot is read into again when
 its layer has been released, and, if copies of it to a device are still under way, when those are
 done. Reading is by several threads, a piece of a layer each, so that the disk has a queue.
+
+Direct reads reach memory without a copy where file and memory lie alike within a block. Tensors
+begin anywhere in a checkpoint's file, so a layer is placed in its slot just as far into a block as
+its tensors lie in the file: slots are a block larger than images.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from sl_serve.weights.direct_file import PIECE_BYTES, Bounce, DirectFile
+from sl_serve.weights.direct_file import BLOCK_BYTES, PIECE_BYTES, Bounce, DirectFile
 
+SHIFT_ALIGNMENT_BYTES = 8  # of a layer in its slot: elements must be aligned
 N_READERS = 4  # reads in flight; disks reach their rate with a few of some megabytes each
 
 Done = Callable[[], None]  # returns when nobody reads the slot any more
@@ -65,7 +70,7 @@ class DiskRing:
         slots: list[torch.Tensor],
         readers: Readers,
     ) -> None:
-        """`extents[i]` make up the image of `layers[i]`. `slots`: host memory, an image each."""
+        """`extents[i]` make up the image of `layers[i]`. `slots`: memory of `slot_bytes`."""
         assert len(slots) > 0 and len(extents) == len(layers)
         self._layers, self._extents, self._slots = list(layers), extents, slots
         self._readers = readers
@@ -73,6 +78,7 @@ class DiskRing:
         self._releases: deque[Done] = deque()  # given back, not yet read into again
         self._n_begun = 0
         self._n_acquired = 0
+        self._shifts = [common_shift(layer) for layer in extents]
         self._n_bytes = [sum(e.size_bytes for e in layer) for layer in extents]
         self.n_bytes_read = 0  # of layers acquired
         for _ in slots:
@@ -90,10 +96,10 @@ class DiskRing:
         for read in self._reads[0]:
             read.result()
         self._reads.popleft()
-        slot = self._slots[self._n_acquired % len(self._slots)]
+        image = self._image(self._n_acquired)
         self._n_acquired += 1
         self.n_bytes_read += self._n_bytes[turn]
-        return slot
+        return image
 
     def release(self, done: Done | None) -> None:
         """The layer acquired longest ago may be overwritten, `done` having returned."""
@@ -116,10 +122,32 @@ class DiskRing:
 
     def _begin(self) -> None:
         """Queue the reads of the next layer into the slot that is free for it."""
-        slot = self._slots[self._n_begun % len(self._slots)].data_ptr()
         extents = self._extents[self._n_begun % len(self._layers)]
+        image = self._image(self._n_begun)
         self._n_begun += 1
-        self._reads.append(self._readers.begin(extents, slot))
+        self._reads.append(self._readers.begin(extents, image.data_ptr()))
+
+    def _image(self, read: int) -> torch.Tensor:
+        """Where read number `read` puts its layer."""
+        slot = self._slots[read % len(self._slots)]
+        shift = self._shifts[read % len(self._layers)]
+        return slot[shift : shift + len(slot) - BLOCK_BYTES]
+
+
+def slot_bytes(image_bytes: int) -> int:
+    return image_bytes + BLOCK_BYTES
+
+
+def common_shift(extents: Sequence[Extent]) -> int:
+    """How far into a block an image must begin, so that as many of its bytes as can be lie there
+    as they lie in the file. In a checkpoint that is usually all of them: sizes of tensors are
+    whole blocks, and only a header of any length puts them out of step."""
+    n_bytes: Counter[int] = Counter()
+    for extent in extents:
+        shift = (extent.offset_bytes - extent.image_offset_bytes) % BLOCK_BYTES
+        if shift % SHIFT_ALIGNMENT_BYTES == 0:
+            n_bytes[shift] += extent.size_bytes
+    return max(n_bytes, key=lambda shift: n_bytes[shift], default=0)
 
 
 def pieces(extents: Sequence[Extent]) -> list[Extent]:

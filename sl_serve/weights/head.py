@@ -9,7 +9,7 @@ import torch
 
 from sl_serve.device import Device
 from sl_serve.weights.direct_file import DirectFile
-from sl_serve.weights.disk import DiskRing, Extent, Readers
+from sl_serve.weights.disk import DiskRing, Extent, Readers, slot_bytes
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.host import host_images_of
 
@@ -59,7 +59,7 @@ class FileHead:
             [Extent(file, location.offset_bytes + first * row_bytes, self._n(first) * row_bytes, 0)]
             for first in self._firsts
         ]
-        slots = host_images_of(self._rows_per_piece * row_bytes, range(N_PIECES))
+        slots = host_images_of(slot_bytes(self._rows_per_piece * row_bytes), range(N_PIECES))
         self._ring = DiskRing(range(len(extents)), extents, list(slots.values()), readers)
 
     def pieces(self) -> Iterator[tuple[int, torch.Tensor]]:

@@ -16,8 +16,8 @@ from sl_serve.host_memory import Allocate, host_empty
 from sl_serve.plan.budget import gib
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.direct_file import DirectFile
-from sl_serve.weights.disk import DiskRing, Extent, Readers
-from sl_serve.weights.host import host_images, load_image, source_name
+from sl_serve.weights.disk import DiskRing, Extent, Readers, slot_bytes
+from sl_serve.weights.host import host_images, host_images_of, load_image, source_name
 from sl_serve.weights.layout import LayerLayout
 from sl_serve.weights.store import LayerStore
 
@@ -64,7 +64,7 @@ def open_store(
     else:
         extents = _spool(checkpoint, layout, on_disk, disk_dir, on_layer)
     _load(checkpoint, layout, images, on_layer)
-    slots = host_images(layout, range(n_ring_slots), allocate)
+    slots = host_images_of(slot_bytes(layout.image_bytes), range(n_ring_slots), allocate)
     ring = DiskRing(on_disk, extents, list(slots.values()), readers)
     return LayerStore(layout, images, ring, len(on_disk))
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sl_serve.errors import WeightReadError
 from sl_serve.host_memory import host_empty
 from sl_serve.weights.direct_file import BLOCK_BYTES, PIECE_BYTES, Bounce, DirectFile
-from sl_serve.weights.disk import DiskRing, Extent, Readers
+from sl_serve.weights.disk import DiskRing, Extent, Readers, common_shift, slot_bytes
 
 FILE_BYTES = 3 * PIECE_BYTES + 12_345
 CONTENT = torch.randint(
@@ -67,6 +67,42 @@ def test_any_piece_is_read_to_any_address(file: DirectFile, data: st.DataObject)
     assert not memory[:start].any() and not memory[start + n_bytes :].any()
 
 
+@pytest.mark.parametrize(("offset", "n_bytes"), [(0, 8192), (5, 20_000), (4095, PIECE_BYTES)])
+def test_where_file_and_memory_lie_alike_only_shared_blocks_are_copied(
+    path: Path, offset: int, n_bytes: int
+) -> None:
+    file, bounce = DirectFile(path), Bounce()
+    memory = host_empty(PIECE_BYTES + 4 * BLOCK_BYTES)
+    start = offset % BLOCK_BYTES
+    file.read_into(memory.data_ptr() + start, offset, n_bytes, bounce)
+    file.close()
+    assert torch.equal(memory[start : start + n_bytes], CONTENT[offset : offset + n_bytes])
+    if file.is_direct:
+        assert not any(bounce.view[2 * BLOCK_BYTES :])
+
+
+def test_a_layer_is_placed_as_most_of_its_bytes_lie_in_the_file(path: Path) -> None:
+    file = DirectFile(path)
+    ring_bytes = 40_000
+    layers = [
+        [Extent(file, 8, 20_000, 0), Extent(file, 30_000, 6_000, 20_000)],
+        [Extent(file, 3, 20_000, 0), Extent(file, 30_000, 6_000, 20_000)],  # 3: elements unaligned
+        [Extent(file, 3, 20_000, 0)],
+    ]
+    assert [common_shift(layer) for layer in layers] == [8, 10_000 % BLOCK_BYTES, 0]
+    readers, slots = Readers(), [host_empty(slot_bytes(ring_bytes)) for _ in range(2)]
+    ring = DiskRing(range(3), layers, slots, readers)
+    for layer, shift in ((0, 8), (1, 10_000 % BLOCK_BYTES), (2, 0)):
+        image = ring.acquire(layer)
+        assert image.data_ptr() % BLOCK_BYTES == shift and len(image) == ring_bytes
+        for e in layers[layer]:
+            got = image[e.image_offset_bytes : e.image_offset_bytes + e.size_bytes]
+            assert torch.equal(got, CONTENT[e.offset_bytes : e.offset_bytes + e.size_bytes])
+        ring.release(None)
+    readers.close()
+    ring.close()
+
+
 @pytest.mark.parametrize("offset", [FILE_BYTES - 5000, FILE_BYTES - 4096, FILE_BYTES, 1 << 40])
 def test_a_file_that_is_too_short_is_named_with_the_numbers(file: DirectFile, offset: int) -> None:
     memory = host_empty(8192)
@@ -113,7 +149,7 @@ def test_layers_come_in_order_whole_and_stay_until_released(
     path: Path, n_slots: int, with_copies: bool
 ) -> None:
     readers = Readers()
-    slots = [host_empty(IMAGE_BYTES) for _ in range(n_slots)]
+    slots = [host_empty(slot_bytes(IMAGE_BYTES)) for _ in range(n_slots)]
     file = DirectFile(path)
     ring = DiskRing([1, 3, 4, 8], [extents(file, i) for i in (1, 3, 4, 8)], slots, readers)
     unfinished: list[tuple[torch.Tensor, int]] = []
@@ -139,7 +175,7 @@ def test_a_failed_read_is_told_at_the_layer_it_concerns_and_ever_after(tmp_path:
     path.write_bytes(CONTENT[: PIECE_BYTES + 12_000].numpy().tobytes())  # enough for layer 1
     readers = Readers()
     file = DirectFile(path)
-    slots = [host_empty(IMAGE_BYTES), host_empty(IMAGE_BYTES)]
+    slots = [host_empty(slot_bytes(IMAGE_BYTES)), host_empty(slot_bytes(IMAGE_BYTES))]
     ring = DiskRing([1, 8], [extents(file, 1), extents(file, 8)], slots, readers)
     assert is_image_of(ring.acquire(1), 1)
     for _ in range(2):
