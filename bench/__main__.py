@@ -63,7 +63,9 @@ def run(
 
 @app.command()
 def predict(
-    case_name: Annotated[str, typer.Option("--case", help="On this machine, then run.")] = "",
+    case_names: Annotated[
+        str, typer.Option("--case", help="On this machine, then run; comma-separated.")
+    ] = "",
     flexgen: Annotated[bool, typer.Option("--flexgen", help="On FlexGen's, published.")] = False,
     simulate: Annotated[
         str, typer.Option(help="On a profile, such as t4, stepped through on the virtual clock.")
@@ -77,7 +79,7 @@ def predict(
     from bench import predict as p
     from bench.simulate import simulation, simulation_table
 
-    if bool(case_name) + flexgen + bool(simulate) != 1:
+    if bool(case_names) + flexgen + bool(simulate) != 1:
         raise BenchError("give one of --case NAME, --flexgen and --simulate PROFILE")
     if simulate:
         report = simulation(shape, simulate)
@@ -89,12 +91,14 @@ def predict(
         Console().print(p.flexgen_table(rows))
         _write({"rows": rows}, json_path)
         return
-    case = find_case(case_name)
+    cases = [find_case(name) for name in case_names.split(",")]
     progress = Console(stderr=True, log_path=False)
-    with model_of(case) as model:
-        report = p.predict_case(case, model, SubprocessJob(case, model), progress.log)
-    Console().print(p.case_table(report))
-    _write(report, json_path)
+    reports = []
+    for case in cases:
+        with model_of(case) as model:
+            reports.append(p.predict_case(case, model, SubprocessJob(case, model), progress.log))
+    Console().print(p.cases_table(reports))
+    _write({"cases": reports}, json_path)
 
 
 def _write(report: dict[str, Any], json_path: Path | None) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.cases import Case
-from sl_serve.config import EngineConfig, SchedulerConfig
+from bench.cases import Case, disk_case
 
-PROMPT_TOKENS, OUTPUT_TOKENS = 64, 16
-MAX_MODEL_LEN = PROMPT_TOKENS + OUTPUT_TOKENS
 FEW_REQUESTS = (1, 4)  # reading takes nearly all of a step
 MANY_REQUESTS = 32  # and is hidden behind the prefill's arithmetic here
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 4, 2
@@ -26,22 +23,16 @@ class DiskStep:
     read_bytes: int  # that the process had the storage deliver, by the kernel's count
 
 
-def disk_case(model: Path, n_requests: int, host_memory_bytes: int) -> Case:
+def disk_case_of(model: Path, n_requests: int, host_memory_bytes: int) -> Case:
+    """With the model and the ceiling that were asked for."""
     from bench.bound import read_model_config
 
-    return Case(
-        name=f"disk-{PROMPT_TOKENS}x{OUTPUT_TOKENS}-n{n_requests}",
-        about=f"{n_requests} requests, layers on disk",
+    case = disk_case(n_requests)
+    return replace(
+        case,
         model=model.name,
-        n_requests=n_requests,
-        prompt_tokens=PROMPT_TOKENS,
-        output_tokens=OUTPUT_TOKENS,
         token_ids=(3, read_model_config(model).vocab_size),
-        engine=EngineConfig(
-            host_memory_bytes=host_memory_bytes,
-            max_model_len=MAX_MODEL_LEN,
-            scheduler=SchedulerConfig(max_rows=n_requests),
-        ),
+        engine=replace(case.engine, host_memory_bytes=host_memory_bytes),
     )
 
 

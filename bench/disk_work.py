@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import Case
-from bench.disk_cases import WARM_UP_REQUESTS, WARM_UP_TOKENS, DiskStep, disk_case, stored_bytes
+from bench.disk_cases import WARM_UP_REQUESTS, WARM_UP_TOKENS, DiskStep, disk_case_of, stored_bytes
 from bench.disk_io import drop_page_cache, read_bytes, weight_files
 from bench.measurement import Measurement, check_outputs, peak_rss_bytes
 from bench.runner import OURS
@@ -22,7 +22,7 @@ _RATE_ROWS = 512  # where products reach their full rate; and the rows of a deco
 
 def run_job(system: str, model: Path, n_requests: int, host_memory_bytes: int) -> dict[str, Any]:
     """`system` is RATES, OURS or "accelerate:VARIANT"; the answer is JSON-ready."""
-    case = disk_case(model, n_requests, host_memory_bytes)
+    case = disk_case_of(model, n_requests, host_memory_bytes)
     if system == RATES:
         return _measure_rates(case, model)
     if system == OURS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,19 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from bench.bound import read_model_config
 from bench.cases import Case
 from bench.measurement import Measurement
-from bench.runner import OURS, Job, Say
+from bench.runner import OURS, PLACEMENT, Job, Say
 from sl_serve.plan.hardware import Hardware
 from sl_serve.plan.model_reader import read_sizes, stored_dtype, torch_dtype
-from sl_serve.plan.model_sizes import ModelSizes
 from sl_serve.plan.placement import Placement, Workload
 from sl_serve.plan.planner import Budgets, Plan, choose
 from sl_serve.plan.predict import Prediction, predict
-from sl_serve.plan.probe import Shapes, probe
+from sl_serve.plan.probe import probe
+from sl_serve.plan.probe_compute import Shapes
 from sl_serve.plan.profiles import PROFILES
-from sl_serve.plan.step_memory import DEFAULT_PREFILL_TOKENS
 from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.dummy import open_dummy
 
@@ -46,13 +45,23 @@ MANY_BATCHES = 8  # a longer job: rows are recycled, prefill and decode mix
 
 
 def predict_case(case: Case, model: Path, job: Job, say: Say) -> dict[str, Any]:
-    """Probe, predict the engine's own settings, then run; JSON-ready."""
-    shapes = _shapes(case, model)
-    n_threads = case.engine.n_threads or torch.get_num_threads()
-    hardware = probe(shapes, None, n_threads, lambda what: say(f"measuring {what}"))
-    sizes = read_sizes(case.model, shapes.model, shapes.stored, torch_dtype(shapes.compute))
-    predicted = predict(sizes, case_placement(case, sizes), hardware, case_workload(case))
-    say("running it")
+    """Probe, predict the engine's own plan, then run; JSON-ready."""
+    checkpoint = open_checkpoint(model)
+    try:
+        stored, settings = torch_dtype(stored_dtype(checkpoint)), checkpoint.config
+    finally:
+        checkpoint.close()
+    placement = Placement(**job(PLACEMENT))
+    hardware = probe(
+        Shapes(settings, stored, case.engine.dtype),
+        model if placement.n_disk_layers else None,
+        case.engine.n_threads or torch.get_num_threads(),
+        lambda what: say(f"measuring {what}"),
+    )
+    sizes = read_sizes(case.model, settings, stored, torch_dtype(case.engine.dtype))
+    workload = Workload(case.prompt_tokens, case.output_tokens, case.n_requests)
+    predicted = predict(sizes, placement, hardware, workload)
+    say(f"running {case.name}")
     measured = Measurement(**job(OURS))
     return comparison(case, hardware, predicted, measured)
 
@@ -73,34 +82,18 @@ def comparison(
     }
 
 
-def case_workload(case: Case) -> Workload:
-    return Workload(case.prompt_tokens, case.output_tokens, case.n_requests)
-
-
-def case_placement(case: Case, model: ModelSizes) -> Placement:
-    """How the engine cuts this case's steps on the processor, everything in memory."""
-    scheduler = case.engine.scheduler
-    return Placement(
-        n_device_layers=0,
-        n_host_layers=model.n_layers,
-        n_disk_layers=0,
-        rows=-(-scheduler.max_rows // scheduler.n_sub_batches),
-        n_sub_batches=scheduler.n_sub_batches,
-        prefill_tokens=scheduler.prefill_chunk_tokens or DEFAULT_PREFILL_TOKENS,
-        look_ahead=scheduler.look_ahead,
-    )
-
-
-def case_table(report: dict[str, Any]) -> Table:
-    table = Table(title=report["case"], title_justify="left")
-    for title in ("predicted tokens/s", "measured", "measured / predicted", "binds"):
-        table.add_column(title, justify="right")
-    table.add_row(
-        f"{report['predicted_tokens_per_s']:.4g}",
-        f"{report['measured_tokens_per_s']:.4g}",
-        f"{report['measured_over_predicted']:.2f}",
-        report["binds"],
-    )
+def cases_table(reports: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="generated tokens/s", title_justify="left")
+    for title in ("case", "binds", "predicted", "measured", "measured / predicted"):
+        table.add_column(title, justify="left" if title in ("case", "binds") else "right")
+    for report in reports:
+        table.add_row(
+            report["case"],
+            report["binds"],
+            f"{report['predicted_tokens_per_s']:.4g}",
+            f"{report['measured_tokens_per_s']:.4g}",
+            f"{report['measured_over_predicted']:.2f}",
+        )
     return table
 
 
@@ -154,12 +147,3 @@ def flexgen_table(rows: list[dict[str, Any]]) -> Table:
             str(many["placement"]["rows"] * many["placement"]["n_sub_batches"]),
         )
     return table
-
-
-def _shapes(case: Case, model: Path) -> Shapes:
-    checkpoint = open_checkpoint(model)
-    try:
-        stored = torch_dtype(stored_dtype(checkpoint))
-    finally:
-        checkpoint.close()
-    return Shapes(read_model_config(model), stored, case.engine.dtype)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.cases import TINY_MODEL, Case
+from bench.cases import RANDOM_MODEL, TINY_MODEL, Case
 from bench.errors import BenchError
 from bench.measurement import Measurement
 from bench.peers import Probe, is_installed
@@ -21,6 +21,7 @@ Job = Callable[[str], dict[str, Any]]  # a worker's system name -> the JSON it w
 Say = Callable[[str], None]
 
 OURS = "sl-serve"
+PLACEMENT = "placement"  # what sl-serve would do, without doing it
 
 
 @dataclass(slots=True)
@@ -83,6 +84,13 @@ def _measure(results: Results, system: str, job: Job) -> None:
 @contextmanager
 def model_of(case: Case) -> Iterator[Path]:
     """The case's model on this machine."""
+    if case.model == RANDOM_MODEL:
+        from bench.random_model import cached_random_model
+        from sl_serve.weights.demo_model import cache_folder
+
+        shape = RANDOM_MODEL.removeprefix("random-")
+        yield cached_random_model(shape, cache_folder(), lambda said: print(said, file=sys.stderr))
+        return
     if case.model != TINY_MODEL:
         from sl_serve.weights.locate import resolve_model
 

@@ -17,7 +17,7 @@ from sl_serve.device.sim import HardwareProfile, SimDevice
 from sl_serve.engine import Engine
 from sl_serve.llm import UNBOUNDED_QUEUE
 from sl_serve.loader import load
-from sl_serve.plan.hardware import Hardware, roofline
+from sl_serve.plan.hardware import AttentionRates, Hardware, roofline
 from sl_serve.plan.model_reader import read_sizes, torch_dtype
 from sl_serve.plan.placement import Placement, Workload
 from sl_serve.plan.predict import StepTime, predict
@@ -70,13 +70,17 @@ def simulation_table(report: dict[str, Any]) -> Table:
 
 def as_simulated(hardware: Hardware) -> Hardware:
     """What the virtual clock knows of a machine: one rate per direction, one of arithmetic."""
+    matmul = roofline(hardware.matmul.peak_flops_per_s, 1.0, 1.0)
     return replace(
         hardware,
         link_down_both_bytes_per_s=hardware.link_down_bytes_per_s,
         link_up_both_bytes_per_s=hardware.link_up_bytes_per_s,
         host_read_bytes_per_s=1e18,
         device_read_bytes_per_s=1e18,
-        matmul=roofline(hardware.matmul.peak_flops_per_s, 1.0, 1.0),
+        matmul=matmul,
+        head=matmul,
+        attention=AttentionRates(1e18, matmul.peak_flops_per_s),
+        elementwise_bytes_per_s=1e18,
         cell_overhead_s=0.0,
     )
 

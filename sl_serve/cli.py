@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from sl_serve import __version__, cli_plan
 from sl_serve import cli_options as o
-from sl_serve.config import QueueConfig, SchedulerConfig
+from sl_serve.config import QueueConfig
 from sl_serve.core import SamplingParams
 from sl_serve.errors import SlServeError, UserError
 
@@ -26,7 +27,6 @@ app = typer.Typer(
     "variable, shown beside it.",
 )
 console = Console(stderr=True, highlight=False)
-DEFAULTS = SchedulerConfig()
 # OpenMP's default lets a waiting thread spin for milliseconds on a core that the event loop or a
 # client on the same machine needs: with one busy neighbour on 2 cores, matmuls ran at 25 GFLOP/s;
 # with this they run at 60, and as fast as before (160) when undisturbed.
@@ -53,10 +53,10 @@ def serve(
     device_memory: o.DeviceMemory = None,
     disk_dir: o.DiskDir = None,
     max_model_len: o.MaxModelLen = None,
-    max_rows: o.MaxRows = DEFAULTS.max_rows,
-    sub_batches: o.SubBatches = DEFAULTS.n_sub_batches,
+    max_rows: o.MaxRows = None,
+    sub_batches: o.SubBatches = None,
     prefill_tokens: o.PrefillTokens = None,
-    look_ahead: o.LookAhead = DEFAULTS.look_ahead,
+    look_ahead: o.LookAhead = o.DEFAULTS.look_ahead,
     threads: o.Threads = None,
     queue_requests: o.QueueRequests = QUEUE_DEFAULTS.max_requests,
     queue_tokens: o.QueueTokens = QUEUE_DEFAULTS.max_tokens,
@@ -94,8 +94,11 @@ def serve(
         queue=QueueConfig(queue_requests, queue_tokens),
     )
     listener = bind(host, port)  # before the model is loaded: a taken port is known at once
-    engine = load_engine(model, config, console)
-    raise typer.Exit(run_server(engine, settings, listener))
+    tuned = device == "cuda" and max_rows is None and sub_batches is None
+    with closing(listener):
+        engine = load_engine(model, config, console, tuned=tuned)
+        code = run_server(engine, settings, listener)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -143,7 +146,7 @@ def generate(
         max_rows=1,
         sub_batches=1,
         prefill_tokens=None,
-        look_ahead=DEFAULTS.look_ahead,
+        look_ahead=o.DEFAULTS.look_ahead,
         threads=threads,
         queue=QUEUE_DEFAULTS,
     )

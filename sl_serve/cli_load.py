@@ -16,6 +16,7 @@ from sl_serve.errors import EngineDeadError
 from sl_serve.llm import open_engine, open_model
 from sl_serve.plan.budget import gib
 from sl_serve.plan.memory import MemoryPlan
+from sl_serve.weights.checkpoint import Checkpoint
 
 
 def model_name(model: str) -> str:
@@ -25,9 +26,18 @@ def model_name(model: str) -> str:
     return model
 
 
-def load_engine(model: str, config: EngineConfig, console: Console, quiet: bool = False) -> Engine:
-    """Print the memory plan, load with a progress bar, start the engine."""
+def load_engine(
+    model: str,
+    config: EngineConfig,
+    console: Console,
+    quiet: bool = False,
+    tuned: bool = False,
+) -> Engine:
+    """Print the memory plan, load with a progress bar, start the engine. `tuned`: with the
+    settings that the planner finds, instead of those of `config`."""
     checkpoint = open_model(model, config.load_format, console.print)
+    if tuned:
+        config = _tune(checkpoint, config, console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     bar = Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet, transient=True)
     task = bar.add_task("loading layers", total=checkpoint.config.n_layers)
@@ -41,6 +51,20 @@ def load_engine(model: str, config: EngineConfig, console: Console, quiet: bool 
             return open_engine(checkpoint, config, on_plan, lambda: bar.advance(task))
     finally:
         checkpoint.close()
+
+
+def _tune(checkpoint: Checkpoint, config: EngineConfig, console: Console) -> EngineConfig:
+    from sl_serve.tuning import tune
+
+    with console.status("measuring") as status:
+        found = tune(checkpoint, config, lambda what: status.update(f"measuring {what}"))
+    placement, prediction = found.plan.placement, found.plan.prediction
+    console.print(
+        f"tuned: {placement.n_sub_batches} sub-batches of {placement.rows} requests, "
+        f"{placement.prefill_tokens} prompt tokens a step; predicted "
+        f"{prediction.tokens_per_s:.4g} tokens/s, bound by {prediction.binds}"
+    )
+    return found.config
 
 
 def plan_table(name: str, plan: MemoryPlan) -> Table:

@@ -16,6 +16,8 @@ from sl_serve.config import (
 )
 from sl_serve.plan.budget import parse_size
 
+DEFAULTS = SchedulerConfig()
+
 MODEL_HELP = "A folder with config.json, a .gguf file, a Hugging Face id, or smollm2 (the demo)."
 MEMORY, SCHEDULE, QUEUE = "Memory", "Scheduling", "Queue"
 PLAN = "Planning"
@@ -96,10 +98,25 @@ MaxModelLen = Annotated[
         min=1,
     ),
 ]
-MaxRows = Annotated[int, _option(SCHEDULE, "--max-rows", "Requests that run at once.", min=1)]
+MaxRows = Annotated[
+    int | None,
+    _option(
+        SCHEDULE,
+        "--max-rows",
+        f"Requests that run at once. Default: {DEFAULTS.max_rows}; on a GPU what is predicted to "
+        "be fastest.",
+        min=1,
+    ),
+]
 SubBatches = Annotated[
-    int,
-    _option(SCHEDULE, "--sub-batches", "Sub-batches that pass through each layer.", min=1),
+    int | None,
+    _option(
+        SCHEDULE,
+        "--sub-batches",
+        f"Sub-batches that pass through each layer. Default: {DEFAULTS.n_sub_batches}, or as "
+        "--max-rows.",
+        min=1,
+    ),
 ]
 PrefillTokens = Annotated[
     int | None,
@@ -199,8 +216,8 @@ def engine_config(
     device_memory: str | None,
     disk_dir: str | None,
     max_model_len: int | None,
-    max_rows: int,
-    sub_batches: int,
+    max_rows: int | None,
+    sub_batches: int | None,
     prefill_tokens: int | None,
     look_ahead: int,
     threads: int | None,
@@ -218,8 +235,8 @@ def engine_config(
         disk_dir=disk_dir,
         n_threads=threads,
         scheduler=SchedulerConfig(
-            max_rows=max_rows,
-            n_sub_batches=min(sub_batches, max_rows),
+            max_rows=max_rows or DEFAULTS.max_rows,
+            n_sub_batches=min(sub_batches or DEFAULTS.n_sub_batches, max_rows or DEFAULTS.max_rows),
             prefill_chunk_tokens=prefill_tokens or 0,
             look_ahead=look_ahead,
         ),

@@ -46,12 +46,13 @@ def plan(
     from sl_serve.plan.model_reader import compute_dtype, read_sizes, stored_dtype, torch_dtype
     from sl_serve.plan.placement import Workload
     from sl_serve.plan.planner import choose
+    from sl_serve.plan.probe import measurable_folder
     from sl_serve.plan.report import plan_dict, plan_view
     from sl_serve.plan.what_if import what_helps
 
     with _opened(model, load_format) as checkpoint:
         settings, stored = checkpoint.config, stored_dtype(checkpoint)
-        folder = _disk_dir(disk_dir, checkpoint.path)
+        folder = measurable_folder(disk_dir, checkpoint.path)
         hardware = _profile(profile) if profile else _measured(checkpoint, folder, threads)
     compute = compute_dtype(stored, hardware.has_device)
     sizes = read_sizes(model, settings, torch_dtype(stored), torch_dtype(compute))
@@ -94,15 +95,6 @@ def _opened(model: str, load_format: Any) -> Iterator[Checkpoint]:
         checkpoint.close()
 
 
-def _disk_dir(disk_dir: str | None, model: Path) -> Path | None:
-    """Where asked for, or else where the model lies."""
-    if disk_dir is not None:
-        return Path(disk_dir)
-    if model.is_dir():
-        return model if os.access(model, os.W_OK) else None
-    return model.parent if model.is_file() and os.access(model.parent, os.W_OK) else None
-
-
 def _profile(name: str) -> Hardware:
     from sl_serve.plan.profiles import PROFILES
 
@@ -115,7 +107,8 @@ def _measured(checkpoint: Checkpoint, folder: Path | None, threads: int | None) 
     import torch
 
     from sl_serve.plan.model_reader import compute_dtype, stored_dtype, torch_dtype
-    from sl_serve.plan.probe import Shapes, probe
+    from sl_serve.plan.probe import probe
+    from sl_serve.plan.probe_compute import Shapes
 
     n_threads = threads or torch.get_num_threads()
     torch.set_num_threads(n_threads)

@@ -17,6 +17,7 @@ from sl_serve.kv.host import HostKV
 from sl_serve.kv.windows import WindowedKV
 from sl_serve.logits import Head
 from sl_serve.models import Family, StaticTensors, load_family
+from sl_serve.openmp import release_workers
 from sl_serve.ops import Ops, choose_ops
 from sl_serve.plan.budget import host_budget_bytes
 from sl_serve.plan.fit import plan_memory
@@ -111,6 +112,7 @@ def load(
         weights=weight_source(device, store, plan.look_ahead, resident),
         kv=_kv_access(plan, device, ops, torch_dtype(config.dtype)),
     )
+    release_workers()  # from here on the engine's thread computes
     return Parts(
         plan=plan,
         sweep=sweep,

@@ -39,16 +39,21 @@ def sample(
     The best token of each row is found where the logits are; rows that need more than that go to
     the host one by one.
     """
-    best = logits.amax(dim=-1)
-    if not torch.isfinite(best).all():
-        raise NonFiniteLogitsError("the model produced logits that are not finite numbers")
-    greedy = logits.argmax(dim=-1).tolist()
+    greedy = best_tokens(logits)
     return [
         SampledToken(greedy[i], None)
         if _takes_the_best(request)
         else _sample_row(logits[i].cpu(), request, eos_token_ids)
         for i, request in enumerate(requests)
     ]
+
+
+def best_tokens(logits: torch.Tensor) -> list[int]:
+    """Of each row (n, vocabulary); raises NonFiniteLogitsError."""
+    if not torch.isfinite(logits.amax(dim=-1)).all():
+        raise NonFiniteLogitsError("the model produced logits that are not finite numbers")
+    ids: list[int] = logits.argmax(dim=-1).tolist()
+    return ids
 
 
 def _takes_the_best(request: Request) -> bool:

@@ -127,7 +127,16 @@ class _Fit:
         def fits(step: StepMemory) -> bool:
             return holds_kv(self.config, self.pools, self.host_budget(step, 0))
 
-        return step_memory(self.model, self.config, self.sizes, self.pools, room, fits)
+        def holds_rows(step: StepMemory) -> bool:
+            everything = self.host_budget(step, 0)
+            try:
+                tiers = self._on_host(step, everything, self.model.n_layers)
+            except MemoryBudgetError:
+                return False
+            return tiers.kv_bytes >= useful_kv_bytes(self.config, self.pools, self.available_bytes)
+
+        model, config = self.model, self.config
+        return step_memory(model, config, self.sizes, self.pools, room, fits, holds_rows)
 
     def host_budget(self, step: StepMemory, n_device_layers: int) -> Budget:
         """With every layer that is not on the device in host memory."""
@@ -153,9 +162,15 @@ class _Fit:
         they are what lets rows run."""
         if self.device_bytes is None:
             return 0
-        left = self.device_left(step)
-        windows = step.n_windows * self.tiers(step, 0).kv_bytes // self.model.n_layers
-        return min((left - windows) // self.sizes.layer_bytes, self.model.n_layers - 1)
+        n_layers, left = self.model.n_layers, self.device_left(step)
+        most = min(left // self.sizes.layer_bytes, n_layers - 1)
+        # Host memory as free as it can become: KV gets no more than this.
+        kv_bytes = self._on_host(step, self.host_budget(step, most), n_layers - most).kv_bytes
+        most_kv_bytes = self.most_kv_bytes(step)
+        if most_kv_bytes is not None:
+            kv_bytes = min(kv_bytes, most_kv_bytes)
+        windows = step.n_windows * kv_bytes // n_layers
+        return min((left - windows) // self.sizes.layer_bytes, n_layers - 1)
 
     def device_left(self, step: StepMemory) -> int:
         """Beside slots, staging, activations and static weights. Raises MemoryBudgetError."""

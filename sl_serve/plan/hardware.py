@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,12 +44,20 @@ class MatmulRates:
         return MatmulRates(tuple((rows, rate * factor) for rows, rate in self.points))
 
 
+class AttentionRates(NamedTuple):
+    """Attention's time is the sum of both: what was cached before the step has to be read, and
+    every new token meets its whole context."""
+
+    prefix_bytes_per_s: float
+    flops_per_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """Sizes in bytes, rates in bytes/s, all achieved rather than nominal.
 
     Without device memory (device_bytes == 0) the processor computes in host memory: there is no
-    link, and `matmul` is the processor's.
+    link, and `matmul`, `head`, `attention` and `elementwise_bytes_per_s` are the processor's.
     """
 
     name: str
@@ -62,7 +71,11 @@ class Hardware:
     host_read_bytes_per_s: float  # all threads
     disk_read_bytes_per_s: float  # large direct reads, several in flight; 0: no disk
     device_read_bytes_per_s: float  # 0 without a device
-    matmul: MatmulRates
+    matmul: MatmulRates  # of a layer
+    head: MatmulRates  # the vocabulary matrix, and choosing a token from what it gives
+    attention: AttentionRates
+    # Norms, activation functions, rotations, new K and V: activation and KV bytes they get done.
+    elementwise_bytes_per_s: float
     cell_overhead_s: float = 0.0  # fixed cost of a layer for a sub-batch: calls, launches
 
     def __post_init__(self) -> None:

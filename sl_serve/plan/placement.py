@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sl_serve.kv.layout import HOST_STAGING_BUFFERS, n_windows
+from sl_serve.plan.memory import MemoryPlan
 from sl_serve.plan.model_sizes import ModelSizes
 from sl_serve.plan.step_memory import logits_lines, n_ring_slots
 
@@ -46,6 +47,7 @@ class Placement:
     look_ahead: int = 1
     kv_device_share: float = 0.0
     attention: Literal["device", "host"] = "device"
+    head_on_disk: bool = False
 
     @property
     def total_rows(self) -> int:
@@ -54,6 +56,22 @@ class Placement:
     @property
     def n_streamed_layers(self) -> int:
         return self.n_host_layers + self.n_disk_layers
+
+
+def placement_of(plan: MemoryPlan, workload: Workload) -> Placement:
+    """As the engine will run the workload: the plan's cut, with the rows whose KV it holds."""
+    kv_rows = plan.kv_bytes // (plan.kv.token_bytes * workload.total_tokens)
+    rows = min(plan.max_rows, max(1, kv_rows))
+    return Placement(
+        n_device_layers=plan.n_device_layers,
+        n_host_layers=plan.kv.n_layers - plan.n_device_layers - plan.n_disk_layers,
+        n_disk_layers=plan.n_disk_layers,
+        rows=-(-rows // plan.n_sub_batches),
+        n_sub_batches=plan.n_sub_batches,
+        prefill_tokens=plan.prefill_tokens,
+        look_ahead=plan.look_ahead,
+        head_on_disk=plan.head_on_disk,
+    )
 
 
 class Part(NamedTuple):

@@ -1,9 +1,10 @@
 """How long steps take: every resource's time, the longest one binds.
 
-    disk         n_disk_layers * layer / disk rate
+    disk         (n_disk_layers * layer + the head, if it is there) / disk rate
     link down    (streamed layers + KV prefixes of the host's rows) / rate down
     link up      new K and V of the host's rows / rate up
-    compute      matrix products by rows, or reading the weights; attention; a fixed cost per cell
+    compute      matrix products by rows, or reading the weights; attention; what is done element
+                 by element; a fixed cost per cell
     host memory  everything that crosses it: what goes over the link, comes from disk, is attended
                  to by the processor, or is read by it
 
@@ -96,7 +97,7 @@ class Busy(NamedTuple):
 def busy(model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps) -> Busy:
     times = _with_device if hardware.has_device else _in_place
     seconds, in_turn_s = times(model, placement, hardware, steps)
-    disk_bytes = placement.n_disk_layers * model.layer_bytes
+    disk_bytes = _disk_bytes(model, placement)
     disk_s = disk_bytes / hardware.disk_read_bytes_per_s if disk_bytes else 0.0
     seconds["disk"] = np.full(len(steps.n_repeats), disk_s)
     return Busy(seconds, in_turn_s)
@@ -112,6 +113,11 @@ def step_seconds(model: ModelSizes, placement: Placement, steps: Steps, load: Bu
     rest = (together - longest) / (model.n_layers * n_sub_batches)
     in_parallel = np.maximum(longest, load.in_turn_s / n_sub_batches) + rest
     return np.asarray(np.minimum(in_parallel, together))
+
+
+def _disk_bytes(model: ModelSizes, placement: Placement) -> int:
+    head = model.head_bytes if placement.head_on_disk else 0
+    return placement.n_disk_layers * model.layer_bytes + head
 
 
 def _step_time(
@@ -141,7 +147,7 @@ def _with_device(model: ModelSizes, placement: Placement, hardware: Hardware, st
         attended_on_host = prefix
     down = down + placement.n_streamed_layers * model.layer_bytes
     link_down, link_up = _link_seconds(hardware, down, up)
-    from_disk = placement.n_disk_layers * model.layer_bytes
+    from_disk = _disk_bytes(model, placement)
     on_device = placement.kv_device_share if on_host else 1.0
     compute = _compute_seconds(model, placement, hardware, steps, on_device)
     read = hardware.host_read_bytes_per_s
@@ -157,7 +163,7 @@ def _with_device(model: ModelSizes, placement: Placement, hardware: Hardware, st
 def _in_place(model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps) -> Busy:
     weights = _sub_batches(placement, steps) * model.n_layers * model.layer_bytes
     kv = steps.prefix_tokens * model.kv_token_bytes
-    from_disk = placement.n_disk_layers * model.layer_bytes
+    from_disk = _disk_bytes(model, placement)
     nothing: Floats = np.zeros(len(kv))
     compute = _compute_seconds(model, placement, hardware, steps, 1.0)
     seconds: dict[Resource, Floats] = {
@@ -188,12 +194,15 @@ def _compute_seconds(
     layer_s = n_sub_batches * (
         np.maximum(products, model.layer_bytes / read) + hardware.cell_overhead_s
     )
+    elementwise_bytes = model.activations.per_token + model.kv_token_layer_bytes
+    layer_s += steps.n_tokens * elementwise_bytes / hardware.elementwise_bytes_per_s
     head_s = np.maximum(
-        hardware.matmul.seconds(steps.n_samples, model.head_flops_per_token),
+        hardware.head.seconds(steps.n_samples, model.head_flops_per_token),
         np.where(steps.n_samples > 0, model.head_bytes / read, 0.0),
     )
-    attention_s = kv_share * np.maximum(
-        steps.prefix_tokens * model.kv_token_layer_bytes / read,
-        steps.attended_tokens * model.attention_layer_flops / hardware.matmul.peak_flops_per_s,
+    rates = hardware.attention
+    attention_s = kv_share * (
+        steps.prefix_tokens * model.kv_token_layer_bytes / rates.prefix_bytes_per_s
+        + steps.attended_tokens * model.attention_layer_flops / rates.flops_per_s
     )
     return np.asarray(model.n_layers * (layer_s + attention_s) + head_s)

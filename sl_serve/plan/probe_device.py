@@ -10,7 +10,8 @@ import torch
 from sl_serve.config import ModelConfig
 from sl_serve.models import load_family
 from sl_serve.plan.budget import GIB, MIB
-from sl_serve.plan.hardware import Hardware, MatmulRates
+from sl_serve.plan.hardware import AttentionRates, Hardware, MatmulRates
+from sl_serve.plan.profiles import GPU_ATTENTION_SHARE
 
 LINK_BYTES = 256 * MIB
 DEVICE_BUFFER_BYTES = GIB
@@ -31,6 +32,7 @@ def probe_device(
     device_bytes, _ = torch.cuda.mem_get_info()
     link = _Link()
     with torch.inference_mode():
+        read, matmul = _device_read_bytes_per_s(), _matmul_rates(model, stored)
         down, up = link.rates(down=True, up=False)[0], link.rates(down=False, up=True)[1]
         down_both, up_both = link.rates(down=True, up=True)
         return Hardware(
@@ -44,8 +46,11 @@ def probe_device(
             link_up_both_bytes_per_s=min(up, up_both),
             host_read_bytes_per_s=host_read_bytes_per_s,
             disk_read_bytes_per_s=disk_read_bytes_per_s,
-            device_read_bytes_per_s=_device_read_bytes_per_s(),
-            matmul=_matmul_rates(model, stored),
+            device_read_bytes_per_s=read,
+            matmul=matmul,
+            head=matmul,
+            attention=AttentionRates(read, GPU_ATTENTION_SHARE * matmul.peak_flops_per_s),
+            elementwise_bytes_per_s=read / 2,
             cell_overhead_s=_launch_overhead_s(),
         )
 

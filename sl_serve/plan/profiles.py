@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from sl_serve.plan.hardware import Hardware, MatmulRates, roofline
+from sl_serve.plan.hardware import AttentionRates, Hardware, MatmulRates, roofline
 
 GB, GIB, TFLOPS = 10**9, 1 << 30, 10**12
 
@@ -25,6 +25,9 @@ DEVICE_READ_SHARE = 0.85
 KNEE_ROWS = 64  # fewer rows leave part of a tile, and with it of the card, idle
 GPU_CELL_OVERHEAD_S = 100e-6  # a dozen launches, queued from Python
 CPU_CELL_OVERHEAD_S = 200e-6
+GPU_ATTENTION_SHARE = 0.5  # of the products' rate
+CPU_ATTENTION_SHARE, CPU_ATTENTION_READ_SHARE = 0.4, 0.6  # of the products' rate, of memory's
+CPU_ELEMENTWISE_SHARE = 0.3  # of memory's
 
 
 class _Card(NamedTuple):
@@ -53,6 +56,8 @@ SERVER5 = _Box(1024, 300, 8000, 12.0, 55.0)
 
 def _gpu(name: str, card: _Card, box: _Box) -> Hardware:
     link = box.link_gb_per_s * GB
+    read = DEVICE_READ_SHARE * card.memory_gb_per_s * GB
+    matmul = roofline(card.peak_tflops * TFLOPS, card.efficiency, KNEE_ROWS)
     return Hardware(
         name=name,
         device_bytes=int(card.memory_gib * GIB),
@@ -64,15 +69,20 @@ def _gpu(name: str, card: _Card, box: _Box) -> Hardware:
         link_up_both_bytes_per_s=BOTH_SHARE * UP_SHARE * link,
         host_read_bytes_per_s=box.host_gb_per_s * GB,
         disk_read_bytes_per_s=box.disk_gb_per_s * GB,
-        device_read_bytes_per_s=DEVICE_READ_SHARE * card.memory_gb_per_s * GB,
-        matmul=roofline(card.peak_tflops * TFLOPS, card.efficiency, KNEE_ROWS),
+        device_read_bytes_per_s=read,
+        matmul=matmul,
+        head=matmul,
+        attention=AttentionRates(read, GPU_ATTENTION_SHARE * matmul.peak_flops_per_s),
+        elementwise_bytes_per_s=read / 2,  # each byte is written and read
         cell_overhead_s=GPU_CELL_OVERHEAD_S,
     )
 
 
 def _cpu(name: str, host_gib: float, host_gb_per_s: float, gflops: float) -> Hardware:
-    """float32 products by rows as our own kernel's on Zen 3, scaled to the processor's peak."""
+    """float32 products by rows, attention and the rest as our own kernels' on Zen 3, scaled to the
+    processor's peak and its memory."""
     shares = ((1, 0.1), (16, 0.55), (64, 0.85), (256, 0.97), (1024, 1.0))
+    matmul = MatmulRates(tuple((rows, share * gflops * GB) for rows, share in shares))
     return Hardware(
         name=name,
         device_bytes=0,
@@ -85,7 +95,12 @@ def _cpu(name: str, host_gib: float, host_gb_per_s: float, gflops: float) -> Har
         host_read_bytes_per_s=host_gb_per_s * GB,
         disk_read_bytes_per_s=2.5 * GB,  # an NVMe drive of PCI Express 3.0
         device_read_bytes_per_s=0.0,
-        matmul=MatmulRates(tuple((rows, share * gflops * GB) for rows, share in shares)),
+        matmul=matmul,
+        head=matmul,
+        attention=AttentionRates(
+            CPU_ATTENTION_READ_SHARE * host_gb_per_s * GB, CPU_ATTENTION_SHARE * gflops * GB
+        ),
+        elementwise_bytes_per_s=CPU_ELEMENTWISE_SHARE * host_gb_per_s * GB,
         cell_overhead_s=CPU_CELL_OVERHEAD_S,
     )
 

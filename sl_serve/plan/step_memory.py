@@ -40,9 +40,12 @@ def step_memory(
     pools: KVPools,
     room_bytes: int,
     fits: Callable[[StepMemory], bool],
+    holds_rows: Callable[[StepMemory], bool],
 ) -> StepMemory:
-    """With the prefill chunk asked for, or the largest that leaves room for everything else, or
-    at least takes no more than its share of room_bytes."""
+    """With the prefill chunk asked for, or the largest that takes no more than its share of
+    room_bytes and leaves room for everything else. Where no chunk does, layers go to disk: then
+    the largest beside which every row still fits, since rows that wait cost passes over the disk.
+    """
     asked = config.scheduler.prefill_chunk_tokens
     if asked:
         return _with_prefill(model, config, sizes, pools, asked)
@@ -56,7 +59,7 @@ def step_memory(
             shares.append(step)
         tokens //= 2
     if shares and sizes.disk_tier:
-        return shares[0]
+        return next(filter(holds_rows, shares), shares[0])
     return _with_prefill(model, config, sizes, pools, MIN_PREFILL_TOKENS)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from bench import disk, disk_io, disk_work, random_model
 from bench.bound import Matrix
 from bench.disk import DiskResults, run_all, systems
-from bench.disk_cases import MANY_REQUESTS, DiskStep, disk_case
+from bench.disk_cases import MANY_REQUESTS, DiskStep, disk_case_of
 from bench.disk_io import Bandwidth, drop_page_cache, measure_bandwidth
 from bench.disk_report import TARGETS, build_report, render
 from bench.errors import BenchError
@@ -140,7 +140,7 @@ def direct(tmp_path: Path) -> None:
 def test_ours_reads_its_layers_from_disk_and_agrees_with_the_peer(
     small: Path, monkeypatch: pytest.MonkeyPatch, head_on_disk: bool
 ) -> None:
-    case = replace(disk_case(small, 4, 10**9), output_tokens=4)
+    case = replace(disk_case_of(small, 4, 10**9), output_tokens=4)
     plan_memory = loader.plan_memory
 
     def planned(*args: Any) -> Any:
@@ -167,7 +167,7 @@ def test_ours_reads_its_layers_from_disk_and_agrees_with_the_peer(
 def test_the_peer_reads_its_layers_once_or_every_time(
     small: Path, direct: None, variant: str
 ) -> None:
-    case = replace(disk_case(small, 2, 10**9), output_tokens=4)
+    case = replace(disk_case_of(small, 2, 10**9), output_tokens=4)
     measured = accelerate_disk.measure(case, small, variant)
     assert measured.extras["disk_bytes"] == N_LAYERS * LAYER_BYTES
     first, *others = [DiskStep(**step) for step in measured.extras["steps"]]
@@ -181,7 +181,7 @@ def test_the_peer_reads_its_layers_once_or_every_time(
 
 
 def test_the_ceiling_is_passed_on(small: Path) -> None:
-    engine = disk_case(small, 4, 700 * 10**6).engine
+    engine = disk_case_of(small, 4, 700 * 10**6).engine
     assert (engine.host_memory_bytes, engine.max_model_len) == (700 * 10**6, 80)
     assert engine.scheduler.max_rows == 4
 

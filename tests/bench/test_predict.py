@@ -8,8 +8,9 @@ from rich.console import Console
 
 from bench import predict as predicting
 from bench.cases import find_case
-from bench.predict import case_table, flexgen_table, predict_case, predict_flexgen
+from bench.predict import cases_table, flexgen_table, predict_case, predict_flexgen
 from bench.runner import model_of
+from bench.worker import run_job
 from tests.plan.examples import shorten_probes
 
 TINY = find_case("tiny-16x8-n8")
@@ -32,6 +33,8 @@ def test_a_case_is_predicted_then_measured() -> None:
 
     def job(system: str) -> dict[str, Any]:
         asked.append(system)
+        if system == "placement":
+            return run_job(TINY, system, model)
         return {
             "load_s": 1.0,
             "wall_s": 2.0,
@@ -42,21 +45,14 @@ def test_a_case_is_predicted_then_measured() -> None:
 
     with model_of(TINY) as model:
         report = predict_case(TINY, model, job, lambda _: None)
-    assert asked == ["sl-serve"]
+    assert asked == ["placement", "sl-serve"]
     assert report["measured_tokens_per_s"] == 32.0
     assert report["measured_over_predicted"] == pytest.approx(
         32.0 / report["predicted_tokens_per_s"]
     )
     assert report["prediction"]["binds"] == report["binds"]
     json.dumps(report)
-    assert "tiny-16x8-n8" in printed(case_table(report))
-
-
-def test_the_placement_is_the_engines() -> None:
-    from tests.plan.examples import model
-
-    placed = predicting.case_placement(find_case("smollm2-128x128-n256"), model())
-    assert (placed.total_rows, placed.n_host_layers, placed.prefill_tokens) == (256, 10, 1024)
+    assert "tiny-16x8-n8" in printed(cases_table([report]))
 
 
 def test_flexgens_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,34 @@ def test_short_memory_lowers_the_length_to_what_the_pool_holds() -> None:
     assert found.max_model_len == found.n_chunks * found.kv.chunk_tokens
 
 
+@pytest.mark.parametrize("available", range(40, 130, 3))
+def test_with_layers_on_disk_every_row_comes_before_a_large_prefill_chunk(available: int) -> None:
+    on_disk = replace(SIZES, disk_tier=True, vocabulary_in_file=True)
+    settings = EngineConfig(max_model_len=80, scheduler=SchedulerConfig(max_rows=32))
+    try:
+        found = plan(available * MIB, settings, on_disk)
+    except MemoryBudgetError:
+        return
+    if not found.n_disk_layers:
+        return
+
+    enough = plan(64 * GIB, settings, on_disk).kv_bytes
+
+    def holds_rows(chunk: int) -> bool:
+        scheduler = replace(settings.scheduler, prefill_chunk_tokens=chunk)
+        try:
+            tried = plan(available * MIB, replace(settings, scheduler=scheduler), on_disk)
+        except MemoryBudgetError:
+            return False
+        affordable = tried.workspace_bytes <= available * MIB / 8
+        return affordable and tried.kv_bytes >= enough
+
+    others = [c for c in (1024, 512, 256, 128, 64) if c != found.prefill_tokens]
+    if found.kv_bytes >= enough:
+        others = [c for c in others if c > found.prefill_tokens]
+    assert not any(map(holds_rows, others))
+
+
 def test_an_explicit_kv_size_is_filled_to_the_last_chunk() -> None:
     found = plan(8 * GIB, EngineConfig(kv_memory_bytes=300 * MIB))
     assert 0 <= 300 * MIB - found.kv_bytes < found.kv.chunk_bytes

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from sl_serve.plan import probe
-from sl_serve.plan.hardware import Hardware, MatmulRates
+from sl_serve.plan import probe, probe_compute
+from sl_serve.plan.hardware import AttentionRates, Hardware, MatmulRates
 from sl_serve.plan.model_sizes import LinearBytes, ModelSizes
 from sl_serve.plan.placement import Placement, Workload
 
@@ -52,8 +52,13 @@ def hardware(**changes: Any) -> Hardware:
         "disk_read_bytes_per_s": 0.25e9,
         "device_read_bytes_per_s": 1e15,
         "matmul": MatmulRates(((1, 1e11),)),
+        "elementwise_bytes_per_s": 1e18,
     }
-    return Hardware(**settings | changes)
+    settings |= changes
+    matmul = settings["matmul"]
+    read = settings["device_read_bytes_per_s"] or settings["host_read_bytes_per_s"]
+    attention = AttentionRates(read, matmul.peak_flops_per_s)
+    return Hardware(**{"head": matmul, "attention": attention} | settings)
 
 
 def processor(**changes: Any) -> Hardware:
@@ -69,7 +74,14 @@ def processor(**changes: Any) -> Hardware:
         ),
         0,
     )
-    return hardware(**nothing | {"host_read_bytes_per_s": 10e9} | changes)
+    return hardware(
+        **nothing
+        | {
+            "host_read_bytes_per_s": 10e9,
+            "attention": AttentionRates(10e9, 1e15),
+        }
+        | changes
+    )
 
 
 def placement(**changes: Any) -> Placement:
@@ -128,9 +140,11 @@ def machines() -> st.SearchStrategy[Hardware]:
 
 def shorten_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that only look at whether and what is measured."""
-    monkeypatch.setattr(probe, "SWEEP_BYTES", 2 * MIB)
+    monkeypatch.setattr(probe_compute, "SWEEP_BYTES", 2 * MIB)
     monkeypatch.setattr(probe, "HOST_BUFFER_BYTES", 4 * MIB)
     monkeypatch.setattr(probe, "DISK_FILE_BYTES", 17 * MIB)
-    monkeypatch.setattr(probe, "MEASURED_SECONDS", 0.001)
-    monkeypatch.setattr(probe, "MATMUL_ROWS", (1, 8))
+    monkeypatch.setattr(probe_compute, "MEASURED_SECONDS", 0.001)
+    monkeypatch.setattr(probe_compute, "MATMUL_ROWS", (1, 8))
+    monkeypatch.setattr(probe_compute, "HEAD_ROWS", (1, 2))
+    monkeypatch.setattr(probe_compute, "ELEMENTWISE_TOKENS", 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sl_serve.plan.hardware import Hardware, MatmulRates
-from sl_serve.plan.placement import Placement, Workload
+from sl_serve.config import EngineConfig, SchedulerConfig
+from sl_serve.loader import plan_checkpoint
+from sl_serve.plan.hardware import AttentionRates, Hardware, MatmulRates
+from sl_serve.plan.placement import Placement, Workload, placement_of
 from sl_serve.plan.predict import predict
+from sl_serve.weights.dummy import open_dummy
 from tests.plan.examples import MB, WORKLOADS, hardware, machines, model, placement, processor
 
 FOUR = Workload(prompt_tokens=1000, output_tokens=100, n_requests=4)
@@ -82,7 +85,7 @@ def test_the_processor_reads_weights_and_kv_in_place() -> None:
     slow = processor(matmul=MatmulRates(((1, 1e15),)))
     decode = predict(model(), placement(), slow, FOUR).decode
     # 1 GB of weights, then 84 MB of KV, at 10 GB/s
-    assert decode.resource_s["compute"] == pytest.approx(0.1 + 0.0084)
+    assert decode.resource_s["compute"] == pytest.approx(0.1 + 0.0084, rel=1e-5)
     assert decode.resource_s["link down"] == 0
 
 
@@ -92,6 +95,46 @@ def test_the_head_and_fixed_costs_count() -> None:
     found = predict(with_head, placement(n_sub_batches=2, rows=2), costly, FOUR)
     # two sub-batches of two rows take as long as one of four; 20 cells; 4 rows of 5 GFLOP
     assert found.decode.resource_s["compute"] == pytest.approx(COMPUTE_S + 0.02 + 0.2)
+
+
+def test_attention_reads_prefixes_and_meets_contexts() -> None:
+    slow = processor(attention=AttentionRates(1e9, 1e12), matmul=MatmulRates(((1, 1e15),)))
+    found = predict(model(), placement(), slow, FOUR).decode
+    # 4 rows of 1,050 tokens cached: 20 kB each, and 40 kFLOP with one token more
+    reading, meeting = 4 * 1050 * 20_000 / 1e9, 4 * 1051 * 40_000 / 1e12
+    assert found.resource_s["compute"] == pytest.approx(0.1 + reading + meeting)
+
+
+def test_what_is_done_element_by_element_grows_with_tokens() -> None:
+    slow = processor(elementwise_bytes_per_s=1e9)
+    found = predict(model(), placement(), slow, FOUR)
+    # 10 layers, 10,000 bytes of activations and 2,000 of new K and V; a prefill step has 100 tokens
+    fast = predict(model(), placement(), replace(slow, elementwise_bytes_per_s=1e18), FOUR)
+    for step, fast_step, n in ((found.decode, fast.decode, 4), (found.prefill, fast.prefill, 100)):
+        more = step.resource_s["compute"] - fast_step.resource_s["compute"]
+        assert more == pytest.approx(n * 10 * 12_000 / 1e9)
+
+
+def test_a_head_on_disk_is_read_every_step() -> None:
+    on_disk = placement(n_host_layers=7, n_disk_layers=3, head_on_disk=True)
+    decode = predict(model(head_bytes=200 * MB), on_disk, hardware(), FOUR).decode
+    assert decode.resource_s["disk"] == pytest.approx(0.5e9 / 0.25e9)
+
+
+@pytest.mark.parametrize(("host_memory", "n_requests"), [(None, 3), (10_000_000_000, 200)])
+def test_the_engines_own_plan_is_predicted(host_memory: int | None, n_requests: int) -> None:
+    config = EngineConfig(
+        host_memory_bytes=host_memory,
+        kv_memory_bytes=64 * MB,
+        max_model_len=100,
+        scheduler=SchedulerConfig(max_rows=32, n_sub_batches=3, prefill_chunk_tokens=70),
+    )
+    plan = plan_checkpoint(open_dummy("opt-125m"), config)
+    placed = placement_of(plan, Workload(60, 40, n_requests))
+    assert placed.n_host_layers + placed.n_disk_layers == 12
+    assert (placed.prefill_tokens, placed.look_ahead) == (70, plan.look_ahead)
+    # 64 MB hold 868 tokens of 73,728 bytes: eight requests of 100
+    assert (placed.rows, placed.n_sub_batches) == (3, 3)
 
 
 def test_the_whole_workload_by_hand() -> None:
@@ -130,7 +173,7 @@ def on(machine: Hardware, where: Placement) -> Placement:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(machines(), PLACEMENTS, WORKLOADS, st.floats(1, 8), st.integers(0, 5))
+@given(machines(), PLACEMENTS, WORKLOADS, st.floats(1, 8), st.integers(0, 8))
 def test_faster_parts_never_make_it_slower(
     machine: Hardware, where: Placement, work: Workload, factor: float, which: int
 ) -> None:
@@ -146,6 +189,9 @@ def test_faster_parts_never_make_it_slower(
         {"disk_read_bytes_per_s": machine.disk_read_bytes_per_s * factor},
         {"device_read_bytes_per_s": machine.device_read_bytes_per_s * factor},
         {"matmul": machine.matmul.faster(factor)},
+        {"head": machine.head.faster(factor)},
+        {"attention": AttentionRates(*(rate * factor for rate in machine.attention))},
+        {"elementwise_bytes_per_s": machine.elementwise_bytes_per_s * factor},
     ]
     where = on(machine, where)
     before = predict(model(), where, machine, work).wall_s

@@ -11,8 +11,10 @@ import torch
 from sl_serve.errors import UserError
 from sl_serve.ops import TorchOps
 from sl_serve.plan import probe as probing
+from sl_serve.plan import probe_compute
 from sl_serve.plan.hardware import Hardware
-from sl_serve.plan.probe import Shapes, disk_read_bytes_per_s, matmul_rates, probe
+from sl_serve.plan.probe import disk_read_bytes_per_s, probe
+from sl_serve.plan.probe_compute import Shapes, matmul_rates
 from sl_serve.weights.dummy import open_dummy
 from tests.plan.examples import shorten_probes
 
@@ -36,8 +38,10 @@ def test_the_whole_machine(tmp_path: Path) -> None:
     assert min(found.host_bytes, found.disk_bytes) > 0
     assert min(found.host_read_bytes_per_s, found.disk_read_bytes_per_s) > 0
     assert [rows for rows, _ in found.matmul.points] == [1, 8]
+    assert [rows for rows, _ in found.head.points] == [1, 2]
+    assert min(found.attention) > 0 and found.elementwise_bytes_per_s > 0
     assert found.cell_overhead_s > 0
-    assert said == ["host memory", f"disk at {tmp_path}", "matrix products"]
+    assert said == ["host memory", f"disk at {tmp_path}", "matrix products", "attention"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -78,7 +82,7 @@ def test_products_are_those_of_the_models_layers(monkeypatch: pytest.MonkeyPatch
             assert w.stride(0) == 1  # as layers lie in memory
             return super().linear(name, x, w, bias)
 
-    monkeypatch.setattr(probing, "SWEEP_BYTES", 100 * MIB)
+    monkeypatch.setattr(probe_compute, "SWEEP_BYTES", 100 * MIB)
     matmul_rates(Watched(), shapes())
     matrices = {(768, 3 * 768), (768, 768), (768, 3072), (3072, 768)}
     assert seen == {(rows, *m) for rows in (1, 8) for m in matrices}

@@ -1,0 +1,211 @@
+"""What the processor makes of a layer and of the head: each part timed with the very operations
+that the engine uses, on shapes of the model in question."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from sl_serve.config import DTypeName, ModelConfig
+from sl_serve.host_memory import host_empty
+from sl_serve.kv.layout import KVSpec
+from sl_serve.kv.rows import RowTable
+from sl_serve.models import RopeTable, load_family
+from sl_serve.ops import KVRegion, Ops
+from sl_serve.plan.activations import fit_activations
+from sl_serve.plan.budget import MIB
+from sl_serve.plan.hardware import AttentionRates, MatmulRates
+from sl_serve.sampling import best_tokens
+from sl_serve.weights.layout import Param
+
+MATMUL_ROWS = (1, 4, 16, 64, 256, 1024)
+HEAD_ROWS = (1, 16, 64, 256)
+# Weights, or K and V, of one sweep: more than caches hold, little enough for a second.
+SWEEP_BYTES = 192 * MIB
+CONTEXT_TOKENS = 256  # of attention's rows
+ATTENTION_ROWS = 256  # at most
+PREFILL_ROWS = 4
+ELEMENTWISE_TOKENS = 1024
+MEASURED_SECONDS = 0.4  # per figure, at least three rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Of which model, and in what dtypes, is to be timed."""
+
+    model: ModelConfig
+    stored: torch.dtype
+    compute: DTypeName
+
+
+def matmul_rates(ops: Ops, shapes: Shapes) -> MatmulRates:
+    """FLOP/s of one layer's products by rows, over as many distinct layers as SWEEP_BYTES allow;
+    very wide matrices are timed over a part of their outputs."""
+    params = [p for p in load_family(shapes.model.family).layer_params(shapes.model) if p.is_matrix]
+    layer_bytes = sum(p.shape[0] * p.shape[1] for p in params) * shapes.stored.itemsize
+    part = min(1.0, SWEEP_BYTES / layer_bytes)
+    n_layers = max(1, min(shapes.model.n_layers, int(SWEEP_BYTES / layer_bytes)))
+    layers = [[_weight(p, part, shapes.stored) for p in params] for _ in range(n_layers)]
+    return MatmulRates(tuple((rows, _rate(ops, layers, rows)) for rows in MATMUL_ROWS))
+
+
+def _weight(param: Param, part: float, dtype: torch.dtype) -> torch.Tensor:
+    n_in, n_out = param.shape
+    n_out = max(1, int(n_out * part))
+    # Zeros would share one page until they are written, and then be read from cache.
+    return torch.full((n_out, n_in), 0.01, dtype=dtype).t()
+
+
+def _rate(ops: Ops, layers: list[list[torch.Tensor]], rows: int) -> float:
+    inputs = {len(w): torch.ones(rows, len(w), dtype=ops.dtype) for w in layers[0]}
+
+    def sweep() -> None:
+        for layer in layers:
+            for w in layer:
+                ops.linear("probe", inputs[len(w)], w, None)
+
+    n_flops = 2.0 * rows * len(layers) * sum(w.numel() for w in layers[0])
+    return n_flops / typical_seconds(sweep)
+
+
+def head_rates(ops: Ops, shapes: Shapes) -> MatmulRates:
+    """FLOP/s of the vocabulary matrix's product by rows, choosing the best tokens included."""
+    hidden, vocabulary = shapes.model.hidden_size, shapes.model.vocab_size
+    n = min(vocabulary, SWEEP_BYTES // (hidden * shapes.stored.itemsize))
+    head = torch.full((n, hidden), 0.01, dtype=shapes.stored)
+    out = torch.empty(max(HEAD_ROWS), n, dtype=ops.dtype)
+
+    def rate(rows: int) -> float:
+        x = torch.ones(rows, hidden, dtype=ops.dtype)
+
+        def choose() -> None:
+            ops.logits(x, head, out[:rows])
+            best_tokens(out[:rows].float())
+
+        return 2.0 * rows * head.numel() / typical_seconds(choose)
+
+    return MatmulRates(tuple((rows, rate(rows)) for rows in HEAD_ROWS))
+
+
+def attention_rates(ops: Ops, model: ModelConfig) -> AttentionRates:
+    """From two probes: whole prompts, and one new token for each of many rows."""
+    q_flops = 4.0 * model.q_size
+    prompts = _rows(ops, model, PREFILL_ROWS, CONTEXT_TOKENS)
+    n_pairs = PREFILL_ROWS * CONTEXT_TOKENS * (CONTEXT_TOKENS + 1) / 2
+    flops_per_s = n_pairs * q_flops / _attention_seconds(ops, model, prompts)
+    row_bytes = CONTEXT_TOKENS * 2 * model.kv_size * ops.dtype.itemsize
+    n_rows = max(1, min(ATTENTION_ROWS, SWEEP_BYTES // row_bytes))
+    seconds = _attention_seconds(ops, model, _rows(ops, model, n_rows, 1))
+    arithmetic_s = n_rows * CONTEXT_TOKENS * q_flops / flops_per_s
+    reading_s = max(seconds - arithmetic_s, 0.01 * seconds)
+    return AttentionRates(n_rows * row_bytes / reading_s, flops_per_s)
+
+
+def _attention_seconds(ops: Ops, model: ModelConfig, rows: _Rows) -> float:
+    q = torch.ones(rows.n_tokens, model.n_heads, model.head_dim, dtype=ops.dtype)
+    return typical_seconds(lambda: ops.attend(rows.region, rows.table, q, model.n_kv_heads))
+
+
+class CellRates(NamedTuple):
+    """A layer's pass over a sub-batch, beside products and attention over long contexts."""
+
+    elementwise_bytes_per_s: float
+    overhead_s: float
+
+
+def cell_rates(ops: Ops, model: ModelConfig) -> CellRates:
+    """From a pass of many tokens and one of a single token."""
+    n = ELEMENTWISE_TOKENS
+    one_s, many_s = _cell_seconds(ops, model, 1), _cell_seconds(ops, model, n)
+    bytes_per_token = fit_activations(model, ops.dtype).per_token
+    bytes_per_token += 2 * model.kv_size * ops.dtype.itemsize
+    growth_s = max(many_s - one_s, 0.01 * many_s)
+    alone = _attention_seconds(ops, model, _rows(ops, model, 1, 1, context=1))
+    return CellRates((n - 1) * bytes_per_token / growth_s, one_s + alone)
+
+
+def _cell_seconds(ops: Ops, model: ModelConfig, n_tokens: int) -> float:
+    """Norms, activation functions, rotations, new K and V."""
+    family = load_family(model.family)
+    weights = {
+        p.name: torch.ones(p.shape, dtype=ops.dtype, device="meta" if p.is_matrix else "cpu")
+        for p in family.layer_params(model)
+    }
+    x = torch.ones(n_tokens, model.hidden_size, dtype=ops.dtype)
+    attended = torch.ones(n_tokens, model.q_size, dtype=ops.dtype)
+    angles = torch.ones(n_tokens, model.head_dim // 2)
+    rope = None if model.rope is None else RopeTable(angles, angles)
+    rows = _rows(ops, model, n_tokens, 1, context=16)
+    without_products = cast(Ops, _WithoutProducts(ops))
+
+    def attend(_q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        ops.append(rows.region, rows.table, k, v)
+        return attended
+
+    return typical_seconds(lambda: family.block(model, without_products, weights, x, rope, attend))
+
+
+class _WithoutProducts:
+    """Operations whose matrix products cost nothing and give the same ones each time."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+        self._outputs: dict[str, torch.Tensor] = {}
+
+    def linear(self, name: str, x: torch.Tensor, w: torch.Tensor, _bias: object) -> torch.Tensor:
+        if name not in self._outputs:
+            self._outputs[name] = torch.ones(len(x), w.shape[1], dtype=x.dtype)
+        return self._outputs[name]
+
+    def add_linear_(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+
+class _Rows(NamedTuple):
+    """Rows of one layer, their contexts of equal length, in memory as the engine's."""
+
+    region: KVRegion
+    table: RowTable
+    n_tokens: int  # new ones, of all rows
+
+
+def _rows(
+    ops: Ops, model: ModelConfig, n_rows: int, n_new: int, context: int = CONTEXT_TOKENS
+) -> _Rows:
+    spec = KVSpec(1, model.n_kv_heads, model.head_dim, ops.dtype.itemsize, context, order="row")
+    memory = host_empty(n_rows * spec.chunk_bytes)
+    memory.view(ops.dtype).fill_(0.01)
+    strides, index = spec.strides(1), np.arange(n_rows, dtype=np.int64)
+    columns = (
+        index * n_new,
+        n_new,
+        context - n_new,
+        context,
+        index,
+        strides.kv,
+        strides.head,
+        strides.position,
+    )
+    rows = np.stack([np.broadcast_to(c, n_rows) for c in columns], axis=1)
+    table = RowTable(np.ascontiguousarray(rows), index * spec.chunk_bytes)
+    return _Rows(KVRegion(memory, 0), table, n_rows * n_new)
+
+
+def typical_seconds(act: Callable[[], object]) -> float:
+    """The median of some rounds: what other programs take away they take from the engine too."""
+    act()  # touches memory, fills caches of code
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < MEASURED_SECONDS:
+        start = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
