@@ -109,7 +109,7 @@ class Engine:
             n_running=max(0, n_requests - len(self._queue)),
             waiting_tokens=self._queue.n_tokens,
             kv_used_bytes=residents.used_bytes,
-            kv_total_bytes=self.plan.kv_bytes,
+            kv_total_bytes=self.plan.kv_bytes + self.plan.device_kv_bytes,
         )
 
     def drain(self, timeout_s: float) -> bool:

@@ -14,6 +14,7 @@ from sl_serve.config import DTypeName, EngineConfig
 from sl_serve.device import Device, device_budget_bytes, open_device
 from sl_serve.kv.access import InPlaceKV, KVAccess
 from sl_serve.kv.host import HostKV
+from sl_serve.kv.resident import ResidentKV, TieredKV
 from sl_serve.kv.windows import WindowedKV
 from sl_serve.logits import Head
 from sl_serve.models import Family, StaticTensors, load_family
@@ -117,7 +118,14 @@ def load(
         plan=plan,
         sweep=sweep,
         head=_head(model, sweep, plan, model.head(plan, sweep, readers)),
-        residents=Residents(plan.kv, plan.n_chunks, plan.max_rows, plan.max_slab_width),
+        residents=Residents(
+            plan.kv,
+            plan.n_chunks,
+            plan.max_rows,
+            plan.max_slab_width,
+            plan.n_device_chunks,
+            plan.window_chunks,
+        ),
         store=store,
         readers=readers,
         n_parameters=model.n_parameters,
@@ -217,9 +225,13 @@ def _kv_access(plan: MemoryPlan, device: Device, ops: Ops, dtype: torch.dtype) -
     host = HostKV(plan.kv, plan.n_chunks, device.host_empty)
     if device.in_place:
         return InPlaceKV(host)
-    return WindowedKV(
-        device, ops, host, dtype, plan.look_ahead, plan.max_step_tokens, plan.n_chunks
+    windows = WindowedKV(
+        device, ops, host, dtype, plan.look_ahead, plan.max_step_tokens, plan.window_chunks
     )
+    if not plan.n_device_chunks:
+        return windows
+    resident = ResidentKV(device, ops, plan.kv, plan.n_device_chunks)
+    return TieredKV(device, resident, windows)
 
 
 def _head(model: _Model, sweep: Sweep, plan: MemoryPlan, weight: HeadWeight) -> Head:

@@ -65,6 +65,7 @@ class CudaDevice:
         self._pinned = PinnedBuffers(_cuda.cudart(), self._clear_error)
         self._staging = StagingRing([_staging_slot() for _ in range(STAGING_SLOTS)])
         self._timeline: _Timeline | None = None
+        self._waits: list[tuple[Any, Any]] = []  # events around each wait of COMPUTE
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         if dtype is torch.bfloat16 and not _cuda.is_bf16_supported(including_emulation=False):
@@ -112,7 +113,10 @@ class CudaDevice:
         return event
 
     def wait(self, stream: Stream, event: Event) -> None:
+        before = self._timing_mark() if stream is Stream.COMPUTE else None
         self._streams[stream].wait_event(event)
+        if before is not None:
+            self._waits.append((before, self._timing_mark()))
         if self._timeline is not None and stream is Stream.COMPUTE:
             self._timeline.restart_compute()
 
@@ -125,7 +129,13 @@ class CudaDevice:
             self._timeline.add_compute(name)
 
     def stall_s(self) -> float:
-        return 0.0
+        """Called when a step's results are there: then its waits are over."""
+        waits, self._waits = self._waits, []
+        total_ms = 0.0
+        for before, after in waits:
+            after.synchronize()
+            total_ms += before.elapsed_time(after)
+        return total_ms / 1e3
 
     def start_timeline(self) -> None:
         self._timeline = _Timeline(self._streams)
@@ -150,6 +160,11 @@ class CudaDevice:
             return self.record(stream)
 
         self._staging.copy(dst, src, queue)
+
+    def _timing_mark(self) -> Any:
+        event = _cuda.Event(enable_timing=True)
+        event.record(self._streams[Stream.COMPUTE])
+        return event
 
     def _clear_error(self) -> None:
         """A launch reports, and thereby clears, the error that is pending."""

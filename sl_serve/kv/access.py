@@ -23,8 +23,13 @@ class CellKV(NamedTuple):
 
 
 class KVAccess(Protocol):
-    n_bytes_down: int  # prefixes brought to the device (or read in place) so far
-    n_bytes_up: int  # new K and V brought to the host (or written in place) so far
+    @property
+    def n_bytes_down(self) -> int:
+        """Prefixes brought to the device (or read in place) so far."""
+
+    @property
+    def n_bytes_up(self) -> int:
+        """New K and V brought to the host (or written in place) so far."""
 
     def begin(self, sub_batches: Sequence[SubBatchPlan], slabs: Mapping[int, Slab]) -> None:
         """Take in the step's sub-batches; their slabs have room for the new tokens."""

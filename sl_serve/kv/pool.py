@@ -1,15 +1,37 @@
-"""Who holds which chunk of KV memory. Numbers only; the bytes are in store.py."""
+"""Who holds which chunk of KV memory. Numbers only; the bytes are in host.py and resident.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from sl_serve.core import Request
 
 
+class Pool(Protocol):
+    """Chunks 0 .. n_chunks - 1 of a memory, each free or held by one slab."""
+
+    n_chunks: int
+
+    @property
+    def n_free(self) -> int: ...
+
+    def fits(self, held: Sequence[int], n: int) -> bool:
+        """Whether a slab that holds these chunks can have n more."""
+
+    def grow(self, held: list[int], n: int) -> None:
+        """Give it n more; they fit."""
+
+    def give(self, chunk: int) -> None:
+        """Take one back."""
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        """Every chunk is free or held, once. Called when idle and after tests."""
+
+
 class ChunkPool:
-    """Chunks 0 .. n_chunks - 1 of the KV store, each free or held by one slab."""
+    """Of host memory: any chunks do, since each crosses the link by a copy of its own."""
 
     def __init__(self, n_chunks: int) -> None:
         self.n_chunks = n_chunks
@@ -19,17 +41,57 @@ class ChunkPool:
     def n_free(self) -> int:
         return len(self._free)
 
-    def take(self) -> int:
-        assert self._free, "the caller checks n_free first"
-        return self._free.pop()
+    def fits(self, held: Sequence[int], n: int) -> bool:
+        return n <= len(self._free)
+
+    def grow(self, held: list[int], n: int) -> None:
+        assert self.fits(held, n), "the caller checks first"
+        held.extend(self._free.pop() for _ in range(n))
 
     def give(self, chunk: int) -> None:
         self._free.append(chunk)
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Every chunk is free or held, once. Called when idle and after tests."""
-        every = sorted([*self._free, *held])
-        assert every == list(range(self.n_chunks)), f"chunks lost or doubled: {every}"
+        _check_once(self._free, held, self.n_chunks)
+
+
+class RunPool:
+    """Of device memory: a slab's chunks lie side by side, so that attention reads them where they
+    are as one tensor."""
+
+    def __init__(self, n_chunks: int) -> None:
+        self.n_chunks = n_chunks
+        self._free = set(range(n_chunks))
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    def fits(self, held: Sequence[int], n: int) -> bool:
+        return self._start(held, n) is not None
+
+    def grow(self, held: list[int], n: int) -> None:
+        start = self._start(held, n)
+        assert start is not None, "the caller checks first"
+        run = range(start, start + n)
+        self._free.difference_update(run)
+        held.extend(run)
+
+    def give(self, chunk: int) -> None:
+        self._free.add(chunk)
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        _check_once(self._free, held, self.n_chunks)
+
+    def _start(self, held: Sequence[int], n: int) -> int | None:
+        """Of n free chunks behind those that are held; the first that there are, if none is."""
+        starts = [held[-1] + 1] if held else range(self.n_chunks - n + 1)
+        return next((i for i in starts if self._free.issuperset(range(i, i + n))), None)
+
+
+def _check_once(free: Iterable[int], held: Iterable[int], n_chunks: int) -> None:
+    every = sorted([*free, *held])
+    assert every == list(range(n_chunks)), f"chunks lost or doubled: {every}"
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +101,7 @@ class Slab:
     slab_id: int
     width: int
     positions_per_chunk: int
+    on_device: bool = False  # else in host memory
     chunks: list[int] = field(default_factory=list)
     rows: list[Request | None] = field(default_factory=list)
 

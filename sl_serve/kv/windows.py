@@ -91,10 +91,14 @@ class WindowedKV:
         self._n_cells = len(sub_batches) * self._spec.n_layers
         self._next_fetch = 0
 
+    def fetch_ahead(self, cell: int) -> None:
+        """Queue the prefixes that may come down before cell `cell` is opened; those before it are
+        closed."""
+        if self._look_ahead:
+            self._fetch_until(cell)
+
     def open(self, cell: int) -> CellKV:
-        while self._next_fetch < min(cell + self._look_ahead + 1, self._n_cells):
-            self._fetch(self._next_fetch)
-            self._next_fetch += 1
+        self._fetch_until(cell)
         index = cell % len(self._windows)
         loaded = self._loaded[index]
         assert loaded is not None
@@ -122,6 +126,12 @@ class WindowedKV:
         offsets = self._host_offsets[sub_batch]
         self._arrivals.append(_Arrival(event, arriving, n_bytes, layer, offsets))
         self.n_bytes_up += n_bytes
+
+    def _fetch_until(self, cell: int) -> None:
+        """And as far ahead of that cell as windows allow."""
+        while self._next_fetch < min(cell + self._look_ahead + 1, self._n_cells):
+            self._fetch(self._next_fetch)
+            self._next_fetch += 1
 
     def _fetch(self, cell: int) -> None:
         index = cell % len(self._windows)

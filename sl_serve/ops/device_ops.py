@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class DeviceTable(RowTable):
 
 
 class DeviceOps(TorchOps):
-    """KV lies in windows in "position" order; tables come from `prepare`."""
+    """KV lies in "position" order, a slab in one piece; tables come from `prepare`."""
 
     def __init__(
         self, device: Device, dtype: torch.dtype, flash: FlashAttention | None = None
@@ -56,8 +56,10 @@ class DeviceOps(TorchOps):
         self._device, self._flash = device, flash
         self._scratch = Scratch(dtype, device.torch_device)
 
-    def prepare(self, table: RowTable, spec: KVSpec) -> DeviceTable:
+    def prepare(self, table: RowTable, spec: KVSpec, is_window: bool = True) -> DeviceTable:
         groups = group_rows(table, spec)
+        if not is_window:  # a row that takes no part may have its own tokens there
+            groups = [replace(g, has_unwritten=False) for g in groups]
         line_bytes = spec.token_layer_bytes // 2
         # In order of T: what an indexed write wants.
         lines = (table.new_token_offsets() // line_bytes).T

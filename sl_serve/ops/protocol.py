@@ -40,9 +40,13 @@ class Ops(Protocol):
     def logits(self, x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
         """out (n, vocabulary) = x (n, hidden) @ head (vocabulary, hidden) transposed."""
 
-    def prepare(self, table: RowTable, spec: KVSpec) -> RowTable:
-        """The table of a device window with all that is looked up in it once per step; `append`
-        and `attend` get it for every layer. Tables of memory used in place are not prepared."""
+    def prepare(self, table: RowTable, spec: KVSpec, is_window: bool = True) -> RowTable:
+        """The table of device memory with all that is looked up in it once per step; `append` and
+        `attend` get it for every layer. Tables of memory used in place are not prepared.
+
+        `is_window`: what the host has not sent and nobody has written may be anything there, and
+        what is written is for this step alone; otherwise all of the memory is numbers, to stay.
+        """
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k, v (T, Hk, D) of the new tokens into their rows."""

@@ -56,7 +56,7 @@ class TorchOps:
             part = w[:, columns].t()
             yield columns, self._scratch("converted", *part.shape).copy_(part).t()
 
-    def prepare(self, table: RowTable, spec: KVSpec) -> RowTable:
+    def prepare(self, table: RowTable, spec: KVSpec, is_window: bool = True) -> RowTable:
         return table
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:

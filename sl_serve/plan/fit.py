@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from sl_serve.config import EngineConfig, ModelConfig
 from sl_serve.errors import MemoryBudgetError
 from sl_serve.kv.layout import KVOrder
-from sl_serve.plan.budget import MIB, exact_size, gib
+from sl_serve.plan.device_room import DeviceRoom, window_chunks, windows_bytes
 from sl_serve.plan.kv_size import (
     MARGIN_SHARE,
     Budget,
@@ -41,13 +40,17 @@ def plan_memory(
     `device_available_bytes` None: what the device needs counts as host memory. Raises
     MemoryBudgetError with the sum and what would help.
     """
-    fit = _Fit(model, config, sizes, KVPools(model, itemsize, order), available_bytes)
+    pools, device = KVPools(model, itemsize, order), None
     if device_available_bytes is not None:
-        fit = replace(fit, device_bytes=int(device_available_bytes * (1 - MARGIN_SHARE)))
+        usable_bytes = int(device_available_bytes * (1 - MARGIN_SHARE))
+        device = DeviceRoom(model, config, sizes, pools, usable_bytes)
+    fit = _Fit(model, config, sizes, pools, available_bytes, device)
     step = fit.step()
     n_device_layers = fit.device_layers(step)
+    if n_device_layers == model.n_layers:  # none passes through
+        step = step._replace(slots_bytes=0)
     tiers = fit.tiers(step, n_device_layers)
-    scheduler, pools = config.scheduler, fit.pools
+    scheduler = config.scheduler
     spec = pools.spec(tiers.kv_bytes)
     n_chunks = tiers.kv_bytes // spec.chunk_bytes
     n_host_layers = model.n_layers - n_device_layers - tiers.n_disk_layers
@@ -64,9 +67,11 @@ def plan_memory(
         static_device_bytes=fit.static_device_bytes,
         kv=spec,
         n_chunks=n_chunks,
+        n_device_chunks=device.kv_chunks(step, n_device_layers, tiers.kv_bytes) if device else 0,
+        window_chunks=window_chunks(config, pools, tiers.kv_bytes) if step.n_windows else n_chunks,
         workspace_bytes=step.workspace_bytes,
         device_slots_bytes=step.slots_bytes,
-        windows_bytes=step.n_windows * n_chunks * spec.chunk_layer_bytes,
+        windows_bytes=windows_bytes(config, pools, step, tiers.kv_bytes),
         staging_bytes=step.staging_device_bytes + step.staging_host_bytes,
         staging_host_bytes=step.staging_host_bytes,
         available_bytes=available_bytes,
@@ -102,7 +107,7 @@ class _Fit:
     sizes: WeightSizes
     pools: KVPools
     available_bytes: int
-    device_bytes: int | None = None  # that may be used of a device's own memory
+    device: DeviceRoom | None  # where it has memory of its own
 
     @property
     def in_place(self) -> bool:
@@ -122,7 +127,7 @@ class _Fit:
         return replace(self.sizes, embedding_bytes=embedding, head_bytes=0, others_bytes=0)
 
     def step(self) -> StepMemory:
-        room = self.available_bytes if self.device_bytes is None else self.device_bytes
+        room = self.device.usable_bytes if self.device else self.available_bytes
 
         def fits(step: StepMemory) -> bool:
             return holds_kv(self.config, self.pools, self.host_budget(step, 0))
@@ -144,7 +149,7 @@ class _Fit:
         windows = 0
         if self.in_place:
             others += step.workspace_bytes
-        elif self.device_bytes is None:
+        elif self.device is None:
             others += step.on_device_bytes + self.static_device_bytes
             windows = step.n_windows
         n_layers = self.model.n_layers
@@ -158,51 +163,26 @@ class _Fit:
         )
 
     def device_layers(self, step: StepMemory) -> int:
-        """As many as the device has room for beside what passes through it. Windows come first:
-        they are what lets rows run."""
-        if self.device_bytes is None:
+        """As many as the device has room for beside what passes through it."""
+        if self.device is None:
             return 0
-        n_layers, left = self.model.n_layers, self.device_left(step)
-        most = min(left // self.sizes.layer_bytes, n_layers - 1)
-        # Host memory as free as it can become: KV gets no more than this.
-        kv_bytes = self._on_host(step, self.host_budget(step, most), n_layers - most).kv_bytes
-        most_kv_bytes = self.most_kv_bytes(step)
-        if most_kv_bytes is not None:
-            kv_bytes = min(kv_bytes, most_kv_bytes)
-        windows = step.n_windows * kv_bytes // n_layers
-        return min((left - windows) // self.sizes.layer_bytes, n_layers - 1)
 
-    def device_left(self, step: StepMemory) -> int:
-        """Beside slots, staging, activations and static weights. Raises MemoryBudgetError."""
-        assert self.device_bytes is not None
-        needed = step.on_device_bytes + self.static_device_bytes
-        windows = step.n_windows * self.pools.smallest_bytes // self.model.n_layers
-        if needed + windows > self.device_bytes:
-            enough = math.ceil((needed + windows) / (1 - MARGIN_SHARE) / MIB + 1) * MIB
-            raise MemoryBudgetError(
-                f"the device needs {gib(needed + windows)} ({gib(step.slots_bytes)} for the layers "
-                f"that pass through, {gib(self.static_device_bytes)} for the head), "
-                f"{gib(self.device_bytes)} of it may be used; raise --device-memory to "
-                f"{exact_size(enough)}, or lower --prefill-tokens or --max-rows"
-            )
-        return self.device_bytes - needed
+        def host_kv_bytes(n_device_layers: int) -> int:
+            budget = self.host_budget(step, n_device_layers)
+            return self._on_host(step, budget, self.model.n_layers - n_device_layers).kv_bytes
 
-    def most_kv_bytes(self, step: StepMemory) -> int | None:
-        """What the device's windows can pass; None: any."""
-        if self.device_bytes is None or not step.n_windows:
-            return None
-        return self.device_left(step) * self.model.n_layers // step.n_windows
+        return self.device.layers(step, host_kv_bytes)
 
     def tiers(self, step: StepMemory, n_device_layers: int) -> _Tiers:
         """All weights in memory; or, where they do not fit, KV first, since the more requests pass
         through a layer the less its reading costs each, then the head and as many layers as there
         is room for. The embedding, of which a step reads a few rows, then stays on disk."""
         everything = self.host_budget(step, n_device_layers)
-        most = self.most_kv_bytes(step)
-        if most is not None and n_device_layers:
-            most -= n_device_layers * self.sizes.layer_bytes * self.model.n_layers // step.n_windows
         tiers = self._on_host(step, everything, self.model.n_layers - n_device_layers)
-        return tiers if most is None else tiers._replace(kv_bytes=min(tiers.kv_bytes, most))
+        if self.device is None or not step.n_windows:
+            return tiers
+        most = self.device.most_kv_bytes(step, n_device_layers)
+        return tiers._replace(kv_bytes=min(tiers.kv_bytes, most))
 
     def _on_host(self, step: StepMemory, everything: Budget, n_layers: int) -> _Tiers:
         config, sizes = self.config, self.host_sizes

@@ -40,7 +40,9 @@ class MemoryPlan:
     static_bytes: int
     static_device_bytes: int  # of static_bytes, what a device with memory of its own holds
     kv: KVSpec
-    n_chunks: int
+    n_chunks: int  # in host memory
+    n_device_chunks: int  # beside them, of rows whose KV stays on the device
+    window_chunks: int  # of the host's, what a sub-batch may touch
     workspace_bytes: int
     device_slots_bytes: int
     windows_bytes: int  # for KV prefixes on the device
@@ -60,19 +62,25 @@ class MemoryPlan:
         return self.n_chunks * self.kv.chunk_bytes
 
     @property
+    def device_kv_bytes(self) -> int:
+        return self.n_device_chunks * self.kv.chunk_bytes
+
+    @property
     def device_bytes(self) -> int:
         """Zero where host memory is device memory."""
-        if not self.device_slots_bytes:
+        if not (self.device_slots_bytes or self.n_device_layers):
             return 0
         weights = self.device_layers_bytes + self.device_slots_bytes + self.static_device_bytes
         staging = self.staging_bytes - self.staging_host_bytes
-        return weights + self.windows_bytes + staging + self.workspace_bytes
+        kv = self.windows_bytes + self.device_kv_bytes
+        return weights + kv + staging + self.workspace_bytes
 
     @property
     def total_bytes(self) -> int:
         weights = self.weights_bytes + self.device_layers_bytes + self.ring_bytes
         passing = self.device_slots_bytes + self.windows_bytes + self.staging_bytes
-        return weights + self.static_bytes + self.kv_bytes + self.workspace_bytes + passing
+        kv = self.kv_bytes + self.device_kv_bytes
+        return weights + self.static_bytes + kv + self.workspace_bytes + passing
 
     @property
     def host_bytes(self) -> int:
@@ -97,6 +105,11 @@ class MemoryPlan:
             ("KV cache", self.kv_bytes, kv_remark),
             ("workspace", self.workspace_bytes, f"up to {self.max_step_tokens} tokens a step"),
             ("device layers", self.device_layers_bytes, f"{self.n_device_layers} layers, resident"),
+            (
+                "device KV",
+                self.device_kv_bytes,
+                f"{self.n_device_chunks * self.kv.chunk_tokens} tokens, resident",
+            ),
             ("layer slots", self.device_slots_bytes, f"look-ahead {self.look_ahead}"),
             ("KV windows", self.windows_bytes, "prefixes on their way to the device"),
             ("KV staging", self.staging_bytes, "new tokens on their way from the device"),

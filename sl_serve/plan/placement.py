@@ -60,8 +60,9 @@ class Placement:
 
 def placement_of(plan: MemoryPlan, workload: Workload) -> Placement:
     """As the engine will run the workload: the plan's cut, with the rows whose KV it holds."""
-    kv_rows = plan.kv_bytes // (plan.kv.token_bytes * workload.total_tokens)
-    rows = min(plan.max_rows, max(1, kv_rows))
+    row_bytes = plan.kv.token_bytes * workload.total_tokens
+    device_rows, host_rows = plan.device_kv_bytes // row_bytes, plan.kv_bytes // row_bytes
+    rows = max(1, min(plan.max_rows, device_rows + host_rows))
     return Placement(
         n_device_layers=plan.n_device_layers,
         n_host_layers=plan.kv.n_layers - plan.n_device_layers - plan.n_disk_layers,
@@ -70,6 +71,7 @@ def placement_of(plan: MemoryPlan, workload: Workload) -> Placement:
         n_sub_batches=plan.n_sub_batches,
         prefill_tokens=plan.prefill_tokens,
         look_ahead=plan.look_ahead,
+        kv_device_share=min(1.0, device_rows / rows),
         head_on_disk=plan.head_on_disk,
     )
 

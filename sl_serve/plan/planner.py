@@ -61,10 +61,11 @@ class Abilities:
 
     attention: tuple[AttentionPlace, ...] = ("device", "host")
     kv_device_shares: tuple[float, ...] = KV_DEVICE_SHARES
+    layers_first: bool = False  # KV on the device only beside all layers
 
 
-# Of the engine as it is: rows' KV lies in host memory and passes through the device's windows.
-ENGINE = Abilities(attention=("device",), kv_device_shares=(0.0,))
+# Of the engine as it is: the device attends, and keeps KV where it has all layers.
+ENGINE = Abilities(attention=("device",), layers_first=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,8 @@ def choose(
     for cut in _grid(workload, hardware.has_device, abilities):
         placement = fill(model, cut, hardware, budgets, workload)
         if placement is None:
+            continue
+        if abilities.layers_first and placement.kv_device_share and placement.n_streamed_layers:
             continue
         steps = known_steps(min(cut.total_rows, workload.n_requests), cut.prefill_tokens)
         wall_s = total_seconds(model, placement, hardware, steps)

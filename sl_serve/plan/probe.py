@@ -33,7 +33,8 @@ Say = Callable[[str], None]  # hears what is measured next
 
 HOST_BUFFER_BYTES = 512 * MIB
 DISK_FILE_BYTES = 512 * MIB
-DISK_SECONDS = 2.0  # for writing the file that is then read
+DISK_SECONDS = 2.0  # for reading, and before that for writing a file
+WEIGHT_FILES = ("*.safetensors", "*.gguf")
 
 
 def probe(shapes: Shapes, disk_dir: Path | None, n_threads: int, say: Say) -> Hardware:
@@ -87,7 +88,9 @@ def measurable_folder(disk_dir: str | None, model: Path) -> Path | None:
     if disk_dir is not None:
         return Path(disk_dir)
     folder = model if model.is_dir() else model.parent
-    return folder if model.exists() and os.access(folder, os.W_OK) else None
+    if not model.exists():
+        return None
+    return folder if os.access(folder, os.W_OK) or _weights_in(folder) else None
 
 
 def host_read_bytes_per_s() -> float:
@@ -98,25 +101,45 @@ def host_read_bytes_per_s() -> float:
 
 
 def disk_read_bytes_per_s(folder: Path) -> float:
-    """Large direct reads, several in flight, as the disk tier makes them; of a file that is made
-    for it and has no name. Raises UserError when it cannot be made."""
-    with _file_on(folder) as file, ThreadPoolExecutor(N_READERS) as pool:
-        n_bytes = os.fstat(file.fileno()).st_size
-        reader = DirectFile.adopt(os.dup(file.fileno()), folder)
-        try:
+    """Large direct reads, several in flight, as the disk tier makes them: of the largest weights
+    file there, or else of a file without a name that is made for it. Raises UserError when it
+    cannot be made."""
+    file = _weights_in(folder)
+    if file is not None:
+        return _read_rate(DirectFile(file), file.stat().st_size)
+    with _file_on(folder) as made:
+        n_bytes = os.fstat(made.fileno()).st_size
+        return _read_rate(DirectFile.adopt(os.dup(made.fileno()), folder), n_bytes)
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The very file that would be read; too small a one tells nothing."""
+    found = [(f.stat().st_size, f) for kind in WEIGHT_FILES for f in folder.glob(kind)]
+    size_bytes, file = max(found, default=(0, None))
+    return file if size_bytes >= DISK_FILE_BYTES else None
+
+
+def _read_rate(reader: DirectFile, n_bytes: int) -> float:
+    """Bytes/s; as much of the file as DISK_SECONDS allow."""
+    try:
+        with ThreadPoolExecutor(N_READERS) as pool:
             start = time.perf_counter()
-            done = pool.map(lambda i: _read_share(reader, i, n_bytes), range(N_READERS))
+            end_s = start + DISK_SECONDS
+            done = pool.map(lambda i: _read_share(reader, i, n_bytes, end_s), range(N_READERS))
             return sum(done) / (time.perf_counter() - start)
-        finally:
-            reader.close()
+    finally:
+        reader.close()
 
 
-def _read_share(reader: DirectFile, index: int, n_bytes: int) -> int:
-    """Every N_READERS-th piece, into one buffer."""
+def _read_share(reader: DirectFile, index: int, n_bytes: int, end_s: float) -> int:
+    """Every N_READERS-th whole piece, into one buffer."""
     bounce, n_read = Bounce(), 0
-    for offset in range(index * PIECE_BYTES, n_bytes, N_READERS * PIECE_BYTES):
+    last = n_bytes - PIECE_BYTES
+    for offset in range(index * PIECE_BYTES, last + 1, N_READERS * PIECE_BYTES):
         reader.read_into(bounce.address, offset, PIECE_BYTES, bounce)
         n_read += PIECE_BYTES
+        if time.perf_counter() > end_s:
+            break
     return n_read
 
 

@@ -3,13 +3,15 @@
 Every row that decodes takes part with one token; rows that still have a prompt to read share the
 step's prefill budget, oldest first, in chunks. Sub-batches are made of whole slabs, so that a
 slab's KV prefix crosses the link once per step, and are balanced by tokens: the heaviest slab
-goes to the lightest sub-batch (LPT; after MoE-Lightning's request balancing, arXiv 2411.11217).
+goes to the lightest sub-batch (LPT; after MoE-Lightning's request balancing, arXiv 2411.11217)
+whose device window has room for it. Slabs on the device, whose KV does not cross the link, have
+sub-batches of their own.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from sl_serve.core import Request, RowWork, StepPlan, SubBatchPlan
 from sl_serve.sched.residents import Residents
@@ -21,14 +23,49 @@ def pack(residents: Residents, prefill_budget_tokens: int, n_sub_batches: int) -
     by_slab: dict[int, list[RowWork]] = defaultdict(list)
     for work in works:
         by_slab[work.slab].append(work)
-    bins: list[list[RowWork]] = [[] for _ in range(min(n_sub_batches, len(by_slab)))]
-    loads = [0] * len(bins)
-    heaviest_first = sorted(by_slab.items(), key=lambda kv: (-_n_tokens(kv[1]), kv[0]))
-    for _, slab_works in heaviest_first:
-        lightest = loads.index(min(loads))
-        bins[lightest].extend(slab_works)
-        loads[lightest] += _n_tokens(slab_works)
+    slabs = residents.slabs
+    on_device = {i: w for i, w in by_slab.items() if slabs[i].on_device}
+    on_host = {i: w for i, w in by_slab.items() if not slabs[i].on_device}
+    n_device, n_host = _split(n_sub_batches, _n_all(on_device), _n_all(on_host))
+    chunks = {i: len(slabs[i].chunks) for i in on_host}
+    bins = _balance(on_device, n_device, dict.fromkeys(on_device, 0), 0)
+    bins += _balance(on_host, n_host, chunks, residents.max_sub_batch_chunks)
     return StepPlan(tuple(SubBatchPlan(tuple(b)) for b in bins))
+
+
+def _split(n_sub_batches: int, n_device_tokens: int, n_host_tokens: int) -> tuple[int, int]:
+    """Sub-batches of slabs on the device and of slabs on the host: each kind has its own, in
+    proportion to its tokens."""
+    if not (n_device_tokens and n_host_tokens):
+        return n_sub_batches, n_sub_batches
+    share = n_device_tokens / (n_device_tokens + n_host_tokens)
+    n_device = max(1, min(round(n_sub_batches * share), n_sub_batches - 1))
+    return n_device, max(1, n_sub_batches - n_device)
+
+
+def _balance(
+    by_slab: Mapping[int, list[RowWork]], n_bins: int, chunks: Mapping[int, int], max_chunks: int
+) -> list[list[RowWork]]:
+    """Slabs in n_bins bins, or in more where those would have too many chunks."""
+    bins: list[list[RowWork]] = [[] for _ in range(min(n_bins, len(by_slab)))]
+    loads, rooms = [0] * len(bins), [max_chunks] * len(bins)
+    heaviest_first = sorted(by_slab.items(), key=lambda kv: (-_n_tokens(kv[1]), kv[0]))
+    for slab_id, works in heaviest_first:
+        having_room = [i for i, room in enumerate(rooms) if room >= chunks[slab_id]]
+        if not having_room:
+            having_room = [len(bins)]
+            bins.append([])
+            loads.append(0)
+            rooms.append(max_chunks)
+        lightest = min(having_room, key=lambda i: loads[i])
+        bins[lightest].extend(works)
+        loads[lightest] += _n_tokens(works)
+        rooms[lightest] -= chunks[slab_id]
+    return bins
+
+
+def _n_all(by_slab: Mapping[int, list[RowWork]]) -> int:
+    return sum(map(_n_tokens, by_slab.values()))
 
 
 def _choose_rows(residents: Residents, prefill_budget_tokens: int) -> list[RowWork]:

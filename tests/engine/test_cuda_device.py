@@ -21,7 +21,7 @@ from tests.engine.fake_cuda import (
     LazyCudaDevice,
     fake_cuda,
 )
-from tests.engine.running import GREEDY, config, engine, random_prompts, run
+from tests.engine.running import GREEDY, config, engine, random_prompts, run, steps_of
 from tests.models import write_tiny_llama
 
 CPU = torch.device("cpu")
@@ -251,6 +251,16 @@ def test_a_timeline_has_every_copy_and_computation(device: LazyCudaDevice) -> No
     assert device.take_timeline() == []
 
 
+def test_stalls_are_what_the_arithmetic_waited_since_they_were_asked_for(
+    device: LazyCudaDevice,
+) -> None:
+    for _ in range(2):
+        device.wait(Stream.COMPUTE, device.record(Stream.LOAD))
+    device.wait(Stream.LOAD, device.record(Stream.COMPUTE))
+    assert device.stall_s() == pytest.approx(2 * 1e-3)  # a millisecond between any two events
+    assert device.stall_s() == 0.0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
@@ -284,3 +294,18 @@ def test_an_engine_on_it_gives_the_same_tokens_as_the_processor(
             assert run(running, prompts, greedy) == expected
     assert runtime.registered == {}
     assert len(caplog.messages) == (runtime.n_refused > 0)
+
+
+@pytest.mark.parametrize("n_sub_batches", [1, 3])
+def test_what_stays_on_it_does_not_cross(folder: Path, n_sub_batches: int) -> None:
+    prompts, greedy = random_prompts(7, longest=50, seed=4), replace(GREEDY, max_tokens=8)
+    with engine(folder, replace(config(max_rows=7), n_threads=1)) as running:
+        expected = run(running, prompts, greedy)
+    settings = config(max_rows=7, n_sub_batches=n_sub_batches, prefill_chunk_tokens=32)
+    settings = replace(settings, n_threads=1, device_memory_bytes=1 << 30)
+    with fake_cuda(FakeRuntime(), slot_bytes=4096):
+        device = LazyCudaDevice(CPU)
+        with engine(folder, settings, device) as running:
+            steps = steps_of(running)
+            assert run(running, prompts, greedy) == expected
+    assert {(s.weight_bytes, s.kv_down_bytes, s.kv_up_bytes) for s in steps} == {(0, 0, 0)}

@@ -406,7 +406,7 @@ def test_the_plan_counts_what_a_device_with_memory_of_its_own_takes(
     assert found.staging_host_bytes == 4 * staged
     buffers = found.weights_bytes + found.kv_bytes + found.staging_host_bytes
     assert sum(host_bytes) == buffers
-    assert found.windows_bytes == 2 * found.n_chunks * found.kv.chunk_layer_bytes
+    assert found.windows_bytes == 2 * found.window_chunks * found.kv.chunk_layer_bytes
     on_device = found.device_slots_bytes + found.windows_bytes + found.staging_bytes
     assert sum(device_bytes) == on_device - 4 * staged
 

@@ -66,6 +66,24 @@ def test_every_byte_of_the_file_is_read_once(
     assert sorted(read) == [(i * n, n) for i in range(17 * MIB // n)]
 
 
+def test_a_weights_file_that_lies_there_is_read_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    class Reader(probing.DirectFile):
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(probing, "DirectFile", Reader)
+    monkeypatch.setattr(probing, "_file_on", lambda _: pytest.fail("a file was made"))
+    for name, n_mib in (("a.safetensors", 18), ("b.gguf", 19), ("c.txt", 20)):
+        (tmp_path / name).write_bytes(bytes(n_mib * MIB))
+    assert disk_read_bytes_per_s(tmp_path) > 0
+    assert opened == [tmp_path / "b.gguf"]
+
+
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--disk-dir .*nowhere: No such file"):
         probe(shapes(), tmp_path / "nowhere", 1, lambda _: None)
