@@ -77,12 +77,13 @@ class DeviceRoom:
 
 
 def window_chunks(config: EngineConfig, pools: KVPools, kv_bytes: int) -> int:
-    """Of the host's chunks, what a sub-batch may touch: its share of all, and any request."""
+    """Of the host's chunks, what a sub-batch may touch: its share of all and what may hang over,
+    since slabs are not divided; and any request."""
     spec = pools.spec(kv_bytes)
     n_chunks = kv_bytes // spec.chunk_bytes
     longest = min(config.max_model_len or pools.model.max_positions, pools.tokens_in(kv_bytes))
-    share = -(-n_chunks // config.scheduler.n_sub_batches)
-    return min(n_chunks, max(share, -(-longest // spec.chunk_tokens), FULL_SLAB_CHUNKS))
+    share = -(-n_chunks // config.scheduler.n_sub_batches) + FULL_SLAB_CHUNKS - 1
+    return min(n_chunks, max(share, -(-longest // spec.chunk_tokens)))
 
 
 def windows_bytes(config: EngineConfig, pools: KVPools, step: StepMemory, kv_bytes: int) -> int:

@@ -17,6 +17,7 @@ from bench.gpu_peers import MEASURE, PACKAGES, batch_of
 from bench.gpu_report import GpuResults, bound_s, build_report, render
 from bench.timeline import LANES, Timeline, draw
 from sl_serve import device as device_module
+from sl_serve import loader
 from sl_serve.device import Span
 from tests.engine.fake_cuda import FakeRuntime, LazyCudaDevice, fake_cuda
 
@@ -152,8 +153,13 @@ def test_a_drawing_has_a_bar_for_every_span(tmp_path: Path) -> None:
     assert not list(empty.iter(f"{svg}title"))
 
 
-def test_our_own_run_on_a_gpu_that_is_imagined(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stays", [False, True])
+def test_our_own_run_on_a_gpu_that_is_imagined(
+    monkeypatch: pytest.MonkeyPatch, stays: bool
+) -> None:
     """All of the worker but the hardware: dummy weights, both runs, counters, one timeline."""
+    if not stays:  # this small a model would fit whole
+        monkeypatch.setattr(loader, "device_budget_bytes", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 123)
     shares: list[float] = []
@@ -165,11 +171,12 @@ def test_our_own_run_on_a_gpu_that_is_imagined(monkeypatch: pytest.MonkeyPatch) 
     assert shares == [0.2]
     assert result["steps"] >= 6
     layer_bytes = 12 * (12 * 768**2 + 13 * 768) * 2
-    moved_bytes = layer_bytes * (12 - result["device_layers"]) / 12
+    moved_bytes = 0 if stays else layer_bytes
+    assert result["device_layers"] == (12 if stays else 0)
     assert result["weight_bytes"] / result["steps"] == pytest.approx(moved_bytes, rel=0.01)
-    assert result["kv_down_bytes"] > 0 and result["kv_up_bytes"] > 0
+    assert (result["kv_down_bytes"] > 0, result["kv_up_bytes"] > 0) == (not stays, not stays)
     spans = [Span(**s) for s in result["timeline"]["spans"]]
-    assert {s.name for s in spans} == {"weights", "KV prefix", "layer", "attention", "new KV"}
-    # a share of the next layer's weights for each of the step's cells
+    crossing = {"weights", "KV prefix", "new KV"}
+    assert {s.name for s in spans} == {"layer", "attention"} | (set() if stays else crossing)
     assert sum(s.name == "layer" for s in spans) == 2 * 12
     assert json.loads(json.dumps(result)) == result

@@ -129,10 +129,21 @@ def test_layers_fill_the_fastest_tier_first() -> None:
 
 
 def test_a_small_model_stays_on_the_device() -> None:
-    found = choose(model(), hardware(device_bytes=4 * GB), Budgets(4 * GB, 4 * GB, 0), WORK)
-    assert found.placement.n_device_layers == 10
+    machine = hardware(device_bytes=4 * GB, matmul=MatmulRates(((8, 1e11),)))
+    found = choose(model(), machine, Budgets(4 * GB, 4 * GB, 0), WORK)
+    assert (found.placement.n_device_layers, found.placement.kv_device_share) == (10, 1.0)
     assert found.prediction.binds == "compute"
     assert found.placement.total_rows >= 8
+    assert found.prediction.decode.resource_s["link down"] == 0.0
+
+
+def test_the_engine_keeps_kv_on_the_device_only_beside_all_layers() -> None:
+    machine = hardware(device_bytes=4 * GB)
+    some = choose(model(), machine, Budgets(900 * MB, 4 * GB, 0), WORK, ENGINE)
+    assert some.placement.n_streamed_layers > 0 and some.placement.kv_device_share == 0.0
+    free = Abilities(attention=("device",), kv_device_shares=(1.0,))
+    forced = choose(model(), machine, Budgets(900 * MB, 4 * GB, 0), WORK, free)
+    assert forced.placement.n_streamed_layers > 0 and forced.placement.kv_device_share == 1.0
 
 
 def test_without_a_device_nothing_is_placed_there() -> None:
