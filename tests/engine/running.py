@@ -107,3 +107,9 @@ def steps_of(running: Engine) -> list[StepStats]:
 def random_prompts(n: int, longest: int = 60, seed: int = 0) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 256, int(rng.integers(1, longest))).tolist() for _ in range(n)]
+
+
+def one_by_one(folder: Path, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Tokens of every prompt by itself, on the plainest settings."""
+    with engine(folder, config(max_rows=1, look_ahead=0)) as running:
+        return [run(running, [prompt])[0] for prompt in prompts]

@@ -23,7 +23,6 @@ from sl_serve.weights.dummy import open_dummy
 from tests.engine.running import GREEDY, config, engine, random_prompts, run, steps_of
 from tests.engine.test_cuda_ops import CASES, Case, Window
 from tests.engine.test_ops import relative_error
-from tests.models import TINY_MODELS
 
 pytestmark = [
     pytest.mark.cuda,
@@ -34,13 +33,6 @@ pytestmark = [
 
 PROMPTS = random_prompts(14, longest=70, seed=3)
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture(scope="module", params=TINY_MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    TINY_MODELS[request.param](folder)
-    return folder
 
 
 def settings_of(dtype: DTypeName = "float32", **scheduler: int) -> EngineConfig:

@@ -28,6 +28,7 @@ from tests.engine.running import (
     KV_BYTES,
     config,
     engine,
+    one_by_one,
     random_prompts,
     requests_for,
     run,
@@ -40,17 +41,9 @@ N_LAYERS = 3
 Force = Callable[..., None]
 
 
-@pytest.fixture(scope="module", params=TINY_MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    TINY_MODELS[request.param](folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[list[int]]:
-    with engine(folder, config(max_rows=1, look_ahead=0)) as running:
-        return [run(running, [p])[0] for p in PROMPTS]
+    return one_by_one(folder, PROMPTS)
 
 
 @pytest.fixture

@@ -22,18 +22,10 @@ from tests.engine.running import (
     run,
     steps_of,
 )
-from tests.models import TINY_MODELS
 
 PROMPTS = random_prompts(14, longest=70, seed=3)
 DRAWN = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, seed=5, ignore_eos=True)
 SAMPLINGS = [GREEDY if i % 2 else DRAWN for i in range(len(PROMPTS))]
-
-
-@pytest.fixture(scope="module", params=TINY_MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    TINY_MODELS[request.param](folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

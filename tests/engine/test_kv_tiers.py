@@ -24,7 +24,7 @@ from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.memory import MemoryPlan
 from sl_serve.sched.packer import pack
 from sl_serve.sched.residents import Residents
-from tests.engine.running import config, engine, random_prompts, run, steps_of
+from tests.engine.running import config, engine, one_by_one, random_prompts, run, steps_of
 from tests.engine.test_residents import (
     CHUNK_TOKENS,
     MAX_WIDTH,
@@ -35,7 +35,6 @@ from tests.engine.test_residents import (
     ask,
     grow,
 )
-from tests.models import TINY_MODELS
 
 FEW = settings(derandomize=True, max_examples=100, deadline=None)
 DEVICE_CHUNKS, MOST_CHUNKS = 9, 16  # of a host slab: the longest request, alone, needs so many
@@ -149,17 +148,9 @@ def test_a_slab_of_the_host_grows_no_further_than_a_window() -> None:
 PROMPTS = random_prompts(7, longest=40, seed=5)
 
 
-@pytest.fixture(scope="module", params=TINY_MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    TINY_MODELS[request.param](folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[list[int]]:
-    with engine(folder, config(max_rows=1, look_ahead=0)) as running:
-        return [run(running, [p])[0] for p in PROMPTS]
+    return one_by_one(folder, PROMPTS)
 
 
 @pytest.fixture
