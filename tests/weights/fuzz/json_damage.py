@@ -22,7 +22,7 @@ _TEXTS = (
     *("9" * 400, "9" * 5000, "-" + "9" * 400, "0" * 9, "[0, " + "9" * 400 + "]", "", ",", "}"),
 )
 # Around what the interpreter takes, and far beyond.
-_DEPTHS = (30, 100, 300, *range(900, 1000, 5), 2000, 100_000)
+_DEPTHS = (30, 100, 300, *range(850, 1000), 2000, 100_000)
 
 
 def damage_json(random: Random, text: bytes) -> bytes:
@@ -45,9 +45,20 @@ def damage_safetensors(random: Random, data: bytes) -> bytes:
     """The header alone, its length put right most of the time."""
     n_bytes = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + n_bytes]
-    new = random.choice((damage_json, damage_json, *BYTE_DAMAGE[:3]))(random, header)
+    new = random.choice((damage_json, damage_json, _add_tensor, *BYTE_DAMAGE[:3]))(random, header)
     length = len(new) if random.random() < 0.95 else n_bytes
     return length.to_bytes(8, "little") + new + data[8 + n_bytes :]
+
+
+def _add_tensor(random: Random, header: bytes) -> bytes:
+    """One without data, so that nothing about the file but its shape and its name is wrong."""
+    sizes = [random.choice((1, *NUMBERS)) for _ in range(random.choice((0, 1, 1, 2, 3, 70)))]
+    at = random.choice((0, 0, 4, 16, 256))
+    entry = {"dtype": "F32", "shape": [0, *sizes], "data_offsets": [at, at]}
+    name = random.choice(("x", "", "model.x.weight", "a\nb", "\ud800"))
+    return (
+        header.rstrip().removesuffix(b"}") + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
+    )
 
 
 def _places(document: dict[str, Any]) -> list[tuple[Any, Any]]:
@@ -70,7 +81,7 @@ def _other_value(random: Random, holder: Any, key: Any, places: list[tuple[Any, 
     if random.random() < 0.2:
         other = other_holder[other_key]
         return json.dumps(old if _nested(other) else other)
-    if random.random() < 0.1:
+    if random.random() < 0.15:
         depth = random.choice(_DEPTHS)
         return "[" * depth + "1" + "]" * depth
     if random.random() < 0.3:

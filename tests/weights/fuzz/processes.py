@@ -104,6 +104,7 @@ class _Batch:
 def _work(judge: Judge, numbers: range, limits: Limits, sender: Connection) -> None:
     n_bytes = psutil.Process().memory_info().vms + limits.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in numbers:
         signal.setitimer(signal.ITIMER_REAL, limits.time_s)  # its signal ends the process
         sender.send(judge(number))
