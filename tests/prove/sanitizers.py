@@ -29,6 +29,7 @@ TESTS = (
     "tests/engine/test_ops.py",
     "tests/engine/test_matmul.py",
     "tests/engine/test_engine.py",
+    "tests/engine/test_invariants.py",
 )
 OPTIONS = {
     # The interpreter and torch keep memory until the process ends.
