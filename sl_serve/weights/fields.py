@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,9 @@ class Fields:
         value = self.get(key)
         same = isinstance(value, str | int | float) and value == supported
         if value is not None and not same:
-            shown = repr(value)[:80]
             raise ModelError(
-                f"{self.source}: {self.prefix}{key} {shown} is not supported (only {supported!r})"
+                f"{self.source}: {self.prefix}{key} {shown(value)} is not supported "
+                f"(only {supported!r})"
             )
 
     def _take(self, key: str, default: object) -> Any:
@@ -79,8 +80,12 @@ class Fields:
         return value
 
     def _wrong(self, key: str, wanted: str, value: object) -> ModelError:
-        shown = repr(value)[:80]
-        return ModelError(f"{self.source}: {self.prefix}{key} must be {wanted}, not {shown}")
+        return ModelError(f"{self.source}: {self.prefix}{key} must be {wanted}, not {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value of a file for a message: short and on one line, however large or deep it is."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def parse_json_object(text: str | bytes, source: str) -> dict[str, Any]:

@@ -153,6 +153,8 @@ def _recognise_llama3(
     assumed and the formula's result compared."""
     if factors.shape != (head_dim // 2,) or not np.isfinite(factors).all():
         return None
+    if factors.min() < 0.999:  # the formula only slows rotations
+        return None
     candidate = RopeConfig(theta, "llama3", round(float(factors.max()), 4), 1.0, 4.0, 8192)
     expected = llama3_rope_factors(candidate, head_dim)
     return candidate if np.allclose(factors, expected, rtol=1e-4, atol=0) else None

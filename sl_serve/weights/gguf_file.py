@@ -87,7 +87,9 @@ class GgufCheckpoint:
             self._mapping, np.uint8, count=tensor.stop - tensor.start, offset=tensor.start
         )
         n_rows = int(np.prod(tensor.shape[:-1]))
-        array: _Array = gguf.dequantize(raw.reshape(n_rows, -1), tensor.kind)
+        # Any bits may stand for a number: infinite ones times zero are what they are, not news.
+        with np.errstate(invalid="ignore", over="ignore"):
+            array: _Array = gguf.dequantize(raw.reshape(n_rows, -1), tensor.kind)
         return array.reshape(tensor.shape)
 
 

@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 
 from sl_serve.errors import CheckpointError
+from sl_serve.weights.fields import shown
 
 _MAX_NAME_BYTES = 65535
 _MAX_ELEMENTS = 2**48
@@ -70,7 +71,7 @@ def read_gguf_header(data: mmap.mmap, path: Path) -> GgufHeader:
     raw_tensors = _unique((_tensor(cursor) for _ in range(n_tensors)), "tensor", path)
     alignment = settings.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise CheckpointError(f"{path}: impossible alignment {alignment!r}")
+        raise CheckpointError(f"{path}: impossible alignment {shown(alignment)}")
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {
         name: _place(name, raw, data_start, alignment, len(data), path)

@@ -98,7 +98,7 @@ def _backend(fields: Fields, **options: Any) -> Backend:
     try:
         return Backend(models.BPE(**options))
     except Exception as error:  # the package raises nothing narrower
-        raise CheckpointError(f"{fields.source}: vocabulary: {str(error)[:160]}") from None
+        raise CheckpointError(f"{fields.source}: vocabulary: {str(error)[:160]!r}") from None
 
 
 def _pre_tokenizer(fields: Fields) -> pre_tokenizers.PreTokenizer:

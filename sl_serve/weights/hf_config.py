@@ -8,7 +8,7 @@ from typing import Any
 from sl_serve.config import DTypeName, ModelConfig, RopeConfig
 from sl_serve.errors import ModelError
 from sl_serve.weights.families import check_family, check_heads
-from sl_serve.weights.fields import MAX_LAYERS, Fields
+from sl_serve.weights.fields import MAX_LAYERS, Fields, shown
 
 _STORED_DTYPES: dict[str, DTypeName] = {
     "float32": "float32",
@@ -26,8 +26,8 @@ def model_config_from_hf(
     family = fields.text("model_type")
     check_family(family, _DIALECTS, source)
     if isinstance(method := raw.get("quantization_config"), dict):
-        name = str(method.get("quant_method", "unnamed"))[:40]
-        raise ModelError(f"{source}: weights quantised with {name!r} cannot be read")
+        name = shown(method.get("quant_method", "unnamed"))
+        raise ModelError(f"{source}: weights quantised with {name} cannot be read")
     return _DIALECTS[family](fields, Fields(generation, "generation_config.json"))
 
 
@@ -138,7 +138,7 @@ def _token_ids(fields: Fields, key: str, vocab_size: int) -> set[int]:
     value = fields.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int for item in ids):
-        raise ModelError(f"{fields.source}: {key} must be token ids, not {str(value)[:80]}")
+        raise ModelError(f"{fields.source}: {key} must be token ids, not {shown(value)}")
     return {item for item in ids if 0 <= item < vocab_size}
 
 

@@ -14,7 +14,7 @@ import torch
 from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.tokenizer import Tokenizer
-from sl_serve.weights.fields import read_json_object
+from sl_serve.weights.fields import read_json_object, shown
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.hf_config import model_config_from_hf
 from sl_serve.weights.hf_tokenizer import load_hf_tokenizer
@@ -116,13 +116,15 @@ def _shards_of(index: Mapping[str, Any], index_path: Path) -> dict[str, str]:
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{index_path}: needs a weight_map of tensor names to file names")
-    for shard in set(map(str, shards.values())):
-        plain = shard == Path(shard).name and "\\" not in shard and shard.isprintable()
-        if not plain or not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{index_path}: {shard[:120]!r} is not a file name of this folder"
-            )
-    return {name: str(shard) for name, shard in shards.items()}
+    for shard in shards.values():
+        if not isinstance(shard, str) or not _is_plain(shard):
+            raise CheckpointError(f"{index_path}: {shown(shard)} is not a file name of this folder")
+    return shards
+
+
+def _is_plain(name: str) -> bool:
+    plain = name == Path(name).name and "\\" not in name and name.isprintable()
+    return plain and name.endswith(".safetensors")
 
 
 def _why_no_weights(folder: Path) -> str:

@@ -46,7 +46,7 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
-        raise CheckpointError(f"{path}: not a tokenizer ({str(error)[:160]})") from None
+        raise CheckpointError(f"{path}: not a tokenizer ({str(error)[:160]!r})") from None
     backend.no_truncation()
     backend.no_padding()
     return backend

@@ -92,7 +92,7 @@ def _is_complete(folder: Path) -> bool:
         return (folder / "model.safetensors").is_file()
     shards = read_json_object(index_path).get("weight_map")
     return isinstance(shards, dict) and all(
-        (folder / str(shard)).is_file() for shard in set(map(str, shards.values()))
+        isinstance(shard, str) and (folder / shard).is_file() for shard in shards.values()
     )
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from sl_serve.errors import CheckpointError
-from sl_serve.weights.fields import parse_json_object
+from sl_serve.weights.fields import parse_json_object, shown
 
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors package
 _MAX_ELEMENTS = 2**48
+_MAX_DIMS = 8
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # not yet named in Python 3.11's mmap
 
 _DTYPES = {
@@ -126,16 +127,22 @@ def _entry(name: str, raw: Any, data_start: int, path: Path) -> TensorEntry:
         raise CheckpointError(f"{where}: needs exactly dtype, shape and data_offsets")
     dtype = _DTYPES.get(raw["dtype"]) if isinstance(raw["dtype"], str) else None
     if dtype is None:
-        raise CheckpointError(f"{where}: unknown dtype {str(raw['dtype'])[:40]}")
+        raise CheckpointError(f"{where}: unknown dtype {shown(raw['dtype'])}")
     shape, offsets = raw["shape"], raw["data_offsets"]
-    if not _are_sizes(shape) or prod(shape) > _MAX_ELEMENTS:
-        raise CheckpointError(f"{where}: impossible shape {str(shape)[:80]}")
+    if not _is_shape(shape):
+        raise CheckpointError(f"{where}: impossible shape {shown(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: impossible offsets {str(offsets)[:80]}")
+        raise CheckpointError(f"{where}: impossible offsets {shown(offsets)}")
     start, stop = offsets
     if stop - start != prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{where}: {stop - start} bytes do not hold {raw['dtype']} {shape}")
     return TensorEntry(dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def _is_shape(value: Any) -> bool:
+    """Not more elements than an offset counts, the empty ones of a zero beside other sizes too."""
+    few = isinstance(value, list) and len(value) <= _MAX_DIMS
+    return few and _are_sizes(value) and prod(max(1, size) for size in value) <= _MAX_ELEMENTS
 
 
 def _are_sizes(value: object) -> bool:

@@ -121,10 +121,11 @@ def test_llama3_scaling_is_recognised(tmp_path: Path, factor: float, theta: floa
     checkpoint = open_checkpoint(path)
     assert checkpoint.config.rope == RopeConfig(theta, "llama3", factor, 1.0, 4.0, 8192)
     assert "rope_freqs.weight" not in checkpoint.names()
-    factors[5] *= 1.01
-    write_tiny_gguf(path, model, settings=settings, tensors={"rope_freqs.weight": factors})
-    with pytest.raises(ModelError, match="rope_freqs"):
-        open_checkpoint(path)
+    nearly = factors * np.where(np.arange(len(factors)) == 5, 1.01, 1).astype(np.float32)
+    for others in (nearly, factors * 0, factors * 1e-9):
+        write_tiny_gguf(path, model, settings=settings, tensors={"rope_freqs.weight": others})
+        with pytest.raises(ModelError, match="rope_freqs"):
+            open_checkpoint(path)
 
 
 def test_linear_scaling_and_other_settings(tmp_path: Path) -> None:
