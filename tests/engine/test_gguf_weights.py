@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from tests.weights.blocks import Kind
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
 
 N_LAYERS = 3
-PROMPTS = random_prompts(5, longest=40, seed=4)
+PROMPTS = random_prompts(4, longest=40, seed=4)
+SHORT = replace(GREEDY, max_tokens=10)
 TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
 TOKENIZER = {
     "tokenizer.ggml.pre": "smollm",
@@ -52,6 +53,15 @@ FILES: dict[str, tuple[Kind, Mapping[str, Kind]]] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Many small operations: threads would wait for each other longer than they work."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 @pytest.fixture(scope="module", params=FILES)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
@@ -72,17 +82,16 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def expected(path: Path) -> list[list[int]]:
     """Of the simulated device, which computes with dequantised weights."""
     with engine(path, config(max_rows=6), SimDevice()) as running:
-        return run(running, PROMPTS)
+        return run(running, PROMPTS, SHORT)
 
 
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("max_rows", [1, 6])
+@pytest.mark.parametrize(("native", "max_rows"), [(True, 1), (True, 6), (False, 6)])
 def test_tokens_are_those_of_dequantised_weights(
     path: Path, expected: list[list[int]], native: bool, max_rows: int
 ) -> None:
     settings = replace(config(max_rows=max_rows, prefill_chunk_tokens=48), native=native)
     with engine(path, settings) as running:
-        assert run(running, PROMPTS) == expected
+        assert run(running, PROMPTS, SHORT) == expected
 
 
 def test_log_probabilities_too(path: Path) -> None:
@@ -159,7 +168,7 @@ def test_layers_on_disk_are_spooled_as_they_are(
     found: list[Parts] = []
     settings = replace(config(max_rows=6), disk_dir=str(tmp_path))
     with engine(path, settings, change=found.append) as running:
-        assert run(running, PROMPTS) == expected
+        assert run(running, PROMPTS, SHORT) == expected
         image_bytes = found[0].store.layout.image_bytes
         assert found[0].store.n_disk_bytes_read % image_bytes == 0
         assert found[0].store.n_disk_bytes_read >= n_disk_layers * image_bytes
@@ -191,5 +200,5 @@ def test_a_format_nobody_widens_is_dequantised_while_loading(tmp_path: Path) -> 
 def test_greedy_answers_differ_between_prompts(expected: list[list[int]]) -> None:
     """The model is lively enough for wrong weights to show."""
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
-    assert all(len(set(tokens)) > 3 for tokens in expected)
-    assert all(len(tokens) == GREEDY.max_tokens for tokens in expected)
+    assert len({token for tokens in expected for token in tokens}) > 12
+    assert all(len(tokens) == SHORT.max_tokens for tokens in expected)
