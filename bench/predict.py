@@ -14,7 +14,7 @@ from bench.cases import Case
 from bench.measurement import Measurement
 from bench.runner import OURS, PLACEMENT, Job, Say
 from sl_serve.plan.hardware import Hardware
-from sl_serve.plan.model_reader import read_sizes, stored_dtype, torch_dtype
+from sl_serve.plan.model_reader import read_sizes, stored_dtype, stored_formats, torch_dtype
 from sl_serve.plan.placement import Placement, Workload
 from sl_serve.plan.planner import Budgets, Plan, choose
 from sl_serve.plan.predict import Prediction, predict
@@ -49,16 +49,17 @@ def predict_case(case: Case, model: Path, job: Job, say: Say) -> dict[str, Any]:
     checkpoint = open_checkpoint(model)
     try:
         stored, settings = torch_dtype(stored_dtype(checkpoint)), checkpoint.config
+        formats = stored_formats(checkpoint)
     finally:
         checkpoint.close()
     placement = Placement(**job(PLACEMENT))
     hardware = probe(
-        Shapes(settings, stored, case.engine.dtype),
+        Shapes(settings, stored, case.engine.dtype, formats),
         model if placement.n_disk_layers else None,
         case.engine.n_threads or torch.get_num_threads(),
         lambda what: say(f"measuring {what}"),
     )
-    sizes = read_sizes(case.model, settings, stored, torch_dtype(case.engine.dtype))
+    sizes = read_sizes(case.model, settings, stored, torch_dtype(case.engine.dtype), formats)
     workload = Workload(case.prompt_tokens, case.output_tokens, case.n_requests)
     predicted = predict(sizes, placement, hardware, workload)
     say(f"running {case.name}")

@@ -25,7 +25,8 @@ std::vector<const Kernels*> supported() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("f16c"))
     found.push_back(&sl::kernels_avx512);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
@@ -123,7 +124,15 @@ NB_MODULE(_native, m) {
   nb::enum_<Dtype>(m, "Dtype")
       .value("float32", Dtype::float32)
       .value("bfloat16", Dtype::bfloat16)
-      .value("float16", Dtype::float16);
+      .value("float16", Dtype::float16)
+      .value("q4_0", Dtype::q4_0)
+      .value("q4_1", Dtype::q4_1)
+      .value("q5_0", Dtype::q5_0)
+      .value("q5_1", Dtype::q5_1)
+      .value("q8_0", Dtype::q8_0)
+      .value("q4_k", Dtype::q4_k)
+      .value("q5_k", Dtype::q5_k)
+      .value("q6_k", Dtype::q6_k);
   using Release = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<Core>(m, "Core")
       .def(nb::init<const std::string&, int>())

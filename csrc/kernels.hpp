@@ -33,7 +33,9 @@ struct AttentionArgs {
 };
 
 // The numbers of a weight; arithmetic is in float32, which holds each of them exactly.
-enum class Dtype { float32, bfloat16, float16 };
+enum class Dtype {
+  float32, bfloat16, float16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k
+};
 struct bf16 {
   uint16_t bits;
 };
@@ -41,7 +43,50 @@ struct f16 {
   uint16_t bits;
 };
 
-// c (m, n) = a (m, k) b^T, or c += a b^T; b is (n, k), as checkpoints have it. Strides in elements.
+// Blocks of GGUF files: a number is d * q, or d * q + m, with q of so many bits. In blocks of 256 d
+// and m of each part of 32 (q6_k: 16) are a half times a small integer.
+struct q4_0 {
+  f16 d;
+  uint8_t qs[16];  // numbers 0 to 15 in the lower halves, 16 to 31 in the upper ones
+};
+struct q4_1 {
+  f16 d, m;
+  uint8_t qs[16];
+};
+struct q5_0 {
+  f16 d;
+  uint8_t qh[4];  // the fifth bits
+  uint8_t qs[16];
+};
+struct q5_1 {
+  f16 d, m;
+  uint8_t qh[4];
+  uint8_t qs[16];
+};
+struct q8_0 {
+  f16 d;
+  int8_t qs[32];
+};
+struct q4_k {
+  f16 d, m;
+  uint8_t scales[12];  // 8 of 6 bits for d, 8 for m
+  uint8_t qs[128];     // parts in pairs: the lower halves of 32 bytes, then the upper ones
+};
+struct q5_k {
+  f16 d, m;
+  uint8_t scales[12];
+  uint8_t qh[32];  // bit s: the fifth bits of part s
+  uint8_t qs[128];
+};
+struct q6_k {
+  uint8_t ql[128];  // lower four bits
+  uint8_t qh[64];   // upper two
+  int8_t scales[16];
+  f16 d;
+};
+
+// c (m, n) = a (m, k) b^T, or c += a b^T; b is (n, k), as checkpoints have it. Strides in elements,
+// b's in blocks where it has blocks.
 struct GemmArgs {
   const float* a;
   const void* b;

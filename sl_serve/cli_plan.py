@@ -43,7 +43,13 @@ def plan(
     as_json: o.ReportJson = False,
 ) -> None:
     """Tell what would go where, how fast MODEL would run, and what would help; loads nothing."""
-    from sl_serve.plan.model_reader import compute_dtype, read_sizes, stored_dtype, torch_dtype
+    from sl_serve.plan.model_reader import (
+        compute_dtype,
+        read_sizes,
+        stored_dtype,
+        stored_formats,
+        torch_dtype,
+    )
     from sl_serve.plan.placement import Workload
     from sl_serve.plan.planner import choose
     from sl_serve.plan.probe import measurable_folder
@@ -54,8 +60,9 @@ def plan(
         settings, stored = checkpoint.config, stored_dtype(checkpoint)
         folder = measurable_folder(disk_dir, checkpoint.path)
         hardware = _profile(profile) if profile else _measured(checkpoint, folder, threads)
+        formats = {} if hardware.has_device else stored_formats(checkpoint)
     compute = compute_dtype(stored, hardware.has_device)
-    sizes = read_sizes(model, settings, torch_dtype(stored), torch_dtype(compute))
+    sizes = read_sizes(model, settings, torch_dtype(stored), torch_dtype(compute), formats)
     workload = Workload(prompt, gen, requests)
     budgets = _budgets(hardware, device_memory, host_memory)
     chosen = choose(sizes, hardware, budgets, workload)
@@ -106,18 +113,24 @@ def _profile(name: str) -> Hardware:
 def _measured(checkpoint: Checkpoint, folder: Path | None, threads: int | None) -> Hardware:
     import torch
 
-    from sl_serve.plan.model_reader import compute_dtype, stored_dtype, torch_dtype
+    from sl_serve.plan.model_reader import (
+        compute_dtype,
+        stored_dtype,
+        stored_formats,
+        torch_dtype,
+    )
     from sl_serve.plan.probe import probe
     from sl_serve.plan.probe_compute import Shapes
 
     n_threads = threads or torch.get_num_threads()
     torch.set_num_threads(n_threads)
     stored = stored_dtype(checkpoint)
-    compute = compute_dtype(stored, torch.cuda.is_available())
+    has_device = torch.cuda.is_available()
+    compute = compute_dtype(stored, has_device)
+    formats = {} if has_device else stored_formats(checkpoint)
+    shapes = Shapes(checkpoint.config, torch_dtype(stored), compute, formats)
     with _progress() as say:
-        return probe(
-            Shapes(checkpoint.config, torch_dtype(stored), compute), folder, n_threads, say
-        )
+        return probe(shapes, folder, n_threads, say)
 
 
 def _budgets(hardware: Hardware, device_memory: str | None, host_memory: str | None) -> Budgets:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,16 +23,23 @@ from sl_serve.ops import Ops, choose_ops
 from sl_serve.plan.budget import host_budget_bytes
 from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.memory import MemoryPlan, WeightSizes
-from sl_serve.plan.model_reader import stored_dtype, torch_dtype
+from sl_serve.plan.model_reader import stored_dtype, stored_formats, torch_dtype
 from sl_serve.plan.step_memory import logits_lines, n_ring_slots
 from sl_serve.sched.residents import Residents
 from sl_serve.step import Sweep
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.disk import Readers
-from sl_serve.weights.embedding import Embedding, FileEmbedding, ResidentEmbedding
+from sl_serve.weights.embedding import (
+    Embedding,
+    FileEmbedding,
+    QuantisedEmbedding,
+    ResidentEmbedding,
+)
+from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.head import FileHead, HeadWeight, ResidentHead
-from sl_serve.weights.host import check_checkpoint, load_image, load_static
+from sl_serve.weights.host import check_checkpoint, load_image, load_static, static_bytes
 from sl_serve.weights.layout import LayerLayout, LayerWeights
+from sl_serve.weights.quantised import QuantisedRows
 from sl_serve.weights.store import LayerStore
 from sl_serve.weights.streamer import load_resident, weight_source
 from sl_serve.weights.tiers import OnLayer, open_store, served_by_files, spread
@@ -84,9 +91,14 @@ def load(
     torch.set_num_threads(n_threads)
     device = device or open_device(config.device)
     ops = choose_ops(config.dtype, n_threads, config.native, device)
-    host_static = load_static(checkpoint, model.static_names(plan), model.layout.dtype)
+    names = model.static_names(plan)
+    host_static = load_static(checkpoint, names, model.layout.dtype, model.formats)
     # The embedding is looked up on the host: a step needs few of its rows.
-    static = {name: device.upload(t) for name, t in host_static.items() if name != "embed"}
+    static = {
+        name: t if isinstance(t, QuantisedRows) else device.upload(t)
+        for name, t in host_static.items()
+        if name != "embed"
+    }
     readers = Readers()
     on_device = spread(checkpoint.config.n_layers, plan.n_device_layers)
     resident = load_resident(
@@ -139,6 +151,7 @@ class _Model:
     checkpoint: Checkpoint
     config: EngineConfig
     family: Family
+    formats: Mapping[str, Format]  # of tensors that are not in the layout's dtype
     layout: LayerLayout
     static: StaticTensors
 
@@ -150,12 +163,14 @@ class _Model:
         params, static = family.layer_params(settings), family.static_tensors(settings)
         check_checkpoint(checkpoint, params, dict(static.values()))
         dtype = torch_dtype(_stored_as(checkpoint, config))
-        return cls(checkpoint, config, family, LayerLayout(params, dtype), static)
+        formats = stored_formats(checkpoint) if _widens(config) else {}
+        layout = LayerLayout(params, dtype, formats, settings.n_layers)
+        return cls(checkpoint, config, family, formats, layout, static)
 
     @property
     def n_parameters(self) -> int:
         static = sum(math.prod(shape) for shape in dict(self.static.values()).values())
-        of_layer = sum(math.prod(s.param.shape) for s in self.layout.segments)
+        of_layer = sum(math.prod(param.shape) for param in self.layout.params)
         return self.checkpoint.config.n_layers * of_layer + static
 
     def plan(self) -> MemoryPlan:
@@ -182,7 +197,9 @@ class _Model:
 
     def embedding(self, plan: MemoryPlan, static: LayerWeights) -> Embedding:
         if not plan.embedding_on_disk:
-            return ResidentEmbedding(static["embed"])
+            table = static["embed"]
+            quantised = isinstance(table, QuantisedRows)
+            return QuantisedEmbedding(table) if quantised else ResidentEmbedding(table)
         source, (n_rows, width) = self.static["embed"]
         location = self.checkpoint.location(source)
         assert location is not None
@@ -197,10 +214,12 @@ class _Model:
         return FileHead(location, (n_rows, width), readers, sweep.device)
 
     def _sizes(self) -> WeightSizes:
-        itemsize, settings = self.layout.dtype.itemsize, self.checkpoint.config
-        sizes = {source: math.prod(shape) * itemsize for source, shape in self.static.values()}
+        settings, static = self.checkpoint.config, self.static.values()
+        plain_format = plain(self.layout.dtype)
+        formats = {source: self.formats.get(source, plain_format) for source, _ in static}
+        sizes = {source: static_bytes(shape, formats[source]) for source, shape in static}
         head, embed = self.static["head"][0], self.static["embed"][0]
-        locations = [self.checkpoint.location(source) for source in (head, embed)]
+        places = [(self.checkpoint.location(s), formats[s].dtype) for s in (head, embed)]
         in_files = served_by_files(self.checkpoint, self.layout, settings.n_layers)
         return WeightSizes(
             layer_bytes=self.layout.image_bytes,
@@ -208,7 +227,7 @@ class _Model:
             head_bytes=sizes[head],
             others_bytes=sum(sizes.values()) - sum(sizes[s] for s in {head, embed}),
             disk_tier=in_files or self.config.disk_dir is not None,
-            vocabulary_in_file=all(x and x.dtype == self.layout.dtype for x in locations),
+            vocabulary_in_file=all(found and found.dtype == d for found, d in places),
         )
 
 
@@ -216,9 +235,11 @@ def _stored_as(checkpoint: Checkpoint, config: EngineConfig) -> DTypeName:
     """The processor computes in float32 with weights as short as the checkpoint has them: the
     conversion is exact, and half the bytes are read. Elsewhere weights are what is computed with.
     """
-    if config.device != "cpu" or config.dtype != "float32":
-        return config.dtype
-    return stored_dtype(checkpoint)
+    return stored_dtype(checkpoint) if _widens(config) else config.dtype
+
+
+def _widens(config: EngineConfig) -> bool:
+    return config.device == "cpu" and config.dtype == "float32"
 
 
 def _kv_access(plan: MemoryPlan, device: Device, ops: Ops, dtype: torch.dtype) -> KVAccess:

@@ -58,7 +58,8 @@ def hidden_states(
 ) -> torch.Tensor:
     if "project_in" in w:
         tokens = ops.linear("project_in", tokens, w["project_in"].t(), None)
-    return tokens + w["positions"][positions + POSITION_OFFSET]
+    table: torch.Tensor = w["positions"]
+    return tokens + table[positions + POSITION_OFFSET]
 
 
 def block(

@@ -5,12 +5,19 @@ The kernels get raw addresses, so every shape is checked here, before the call.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sl_serve.kv.rows import FIELDS, RowTable
 from sl_serve.ops.protocol import KVRegion
 from sl_serve.ops.scratch import HostScratch
 from sl_serve.ops.torch_ops import TorchOps
+from sl_serve.weights.formats import plain
+from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight, Rows, Weight
+
+if TYPE_CHECKING:
+    from sl_serve._native import Dtype
 
 
 class NativeOps(TorchOps):
@@ -24,43 +31,51 @@ class NativeOps(TorchOps):
         self.name = f"native ({target})"
         super().__init__(torch.float32, HostScratch(torch.float32))
         self._core = Core(target, n_threads)
-        self._weight_dtypes = {getattr(torch, d.name): d for d in Dtype}
+        self._weight_dtypes = {d.name: d for d in Dtype}
 
     def linear(
-        self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+        self, name: str, x: torch.Tensor, w: Weight, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        if w.stride(0) != 1:  # the kernel reads a checkpoint's rows, (out, in)
+        if not _in_rows(w):
             return super().linear(name, x, w, bias)
         out = self._scratch(name, len(x), w.shape[1])
-        self._gemm(x, w.t(), out, accumulate=False)
+        self._product(x, w, out, accumulate=False)
         return out if bias is None else out.add_(bias)
 
     def add_linear_(
-        self, x: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+        self, x: torch.Tensor, h: torch.Tensor, w: Weight, bias: torch.Tensor | None
     ) -> None:
-        if w.stride(0) != 1:
+        if not _in_rows(w):
             super().add_linear_(x, h, w, bias)
             return
-        self._gemm(h, w.t(), x, accumulate=True)
+        self._product(h, w, x, accumulate=True)
         if bias is not None:
             x += bias
 
-    def logits(self, x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+    def logits(self, x: torch.Tensor, head: Rows, out: torch.Tensor) -> None:
         self._gemm(x, head, out, accumulate=False)
 
-    def _gemm(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, accumulate: bool) -> None:
-        """c (m, n) = a (m, k) times b (n, k) transposed, or c += that; b in any weight dtype."""
+    def _product(self, a: torch.Tensor, w: Weight, c: torch.Tensor, *, accumulate: bool) -> None:
+        if not isinstance(w, QuantisedWeight):
+            self._gemm(a, w.t(), c, accumulate=accumulate)
+            return
+        for columns, rows in w.columns():
+            self._gemm(a, rows, c[:, columns], accumulate=accumulate)
+
+    def _gemm(self, a: torch.Tensor, b: Rows, c: torch.Tensor, *, accumulate: bool) -> None:
+        """c (m, n) = a (m, k) times b (n, k) transposed, or c += that; b in any format."""
         (m, k), n = a.shape, len(b)
-        assert b.shape == (n, k) and c.shape == (m, n)
-        assert b.device.type == "cpu" and b.stride(1) == 1
+        assert tuple(b.shape) == (n, k) and c.shape == (m, n)
+        data, stride, dtype = self._blocks_of(b)
+        assert data.device.type == "cpu" and data.stride(1) == 1
         _check_lines(a)
         _check_lines(c)
         self._core.gemm(
             a.data_ptr(),
             a.stride(0),
-            b.data_ptr(),
-            b.stride(0),
-            self._weight_dtypes[b.dtype],
+            data.data_ptr(),
+            stride,
+            dtype,
             c.data_ptr(),
             c.stride(0),
             accumulate,
@@ -68,6 +83,14 @@ class NativeOps(TorchOps):
             n,
             k,
         )
+
+    def _blocks_of(self, b: Rows) -> tuple[torch.Tensor, int, Dtype]:
+        """The memory of b, blocks from a row to the next, and what they are."""
+        if not isinstance(b, QuantisedRows):
+            return b, b.stride(0), self._weight_dtypes[plain(b.dtype).name]
+        stride, rest = divmod(b.data.stride(0), b.format.block_bytes)
+        assert rest == 0
+        return b.data, stride, self._weight_dtypes[b.format.name]
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
         _check_heads(k, table)
@@ -121,6 +144,12 @@ class NativeOps(TorchOps):
         out = self._scratch("silu", n_lines, width)
         self._core.silu_mul(gate_up.data_ptr(), out.data_ptr(), n_lines, width)
         return out
+
+
+def _in_rows(w: Weight) -> bool:
+    """Whether each output's weights are one run of memory, as a checkpoint's rows (out, in) are:
+    those the kernel reads."""
+    return isinstance(w, QuantisedWeight) or w.stride(0) == 1
 
 
 def _rows(region: KVRegion, table: RowTable) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ import torch
 
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import RowTable
+from sl_serve.weights.quantised import Rows, Weight
 
 
 class KVRegion(NamedTuple):
@@ -28,16 +29,16 @@ class Ops(Protocol):
     dtype: torch.dtype  # of activations; weights may be shorter
 
     def linear(
-        self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+        self, name: str, x: torch.Tensor, w: Weight, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """x (T, in) @ w (in, out) + bias (out), in the scratch buffer `name`."""
 
     def add_linear_(
-        self, x: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+        self, x: torch.Tensor, h: torch.Tensor, w: Weight, bias: torch.Tensor | None
     ) -> None:
         """x (T, out) += h (T, in) @ w (in, out) + bias (out)."""
 
-    def logits(self, x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+    def logits(self, x: torch.Tensor, head: Rows, out: torch.Tensor) -> None:
         """out (n, vocabulary) = x (n, hidden) @ head (vocabulary, hidden) transposed."""
 
     def prepare(self, table: RowTable, spec: KVSpec, is_window: bool = True) -> RowTable:

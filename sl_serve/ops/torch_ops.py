@@ -12,6 +12,7 @@ from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import FIELDS, Int64Array, RowTable
 from sl_serve.ops.protocol import KVRegion
 from sl_serve.ops.scratch import Scratch
+from sl_serve.weights.quantised import QuantisedWeight, Rows, Weight
 
 CONVERTED_COLUMNS = 1024  # of a stored weight at a time: the copy stays small beside the weight
 
@@ -24,7 +25,7 @@ class TorchOps:
         self._scratch = scratch or Scratch(dtype)
 
     def linear(
-        self, name: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+        self, name: str, x: torch.Tensor, w: Weight, bias: torch.Tensor | None
     ) -> torch.Tensor:
         out = self._scratch(name, len(x), w.shape[1])
         for columns, part in self._converted(w):
@@ -35,19 +36,26 @@ class TorchOps:
         return out
 
     def add_linear_(
-        self, x: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+        self, x: torch.Tensor, h: torch.Tensor, w: Weight, bias: torch.Tensor | None
     ) -> None:
         for columns, part in self._converted(w):
             x[:, columns].addmm_(h, part)
         if bias is not None:
             x += bias
 
-    def logits(self, x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
+    def logits(self, x: torch.Tensor, head: Rows, out: torch.Tensor) -> None:
         for columns, part in self._converted(head.t()):
             torch.mm(x, part, out=out[:, columns])
 
-    def _converted(self, w: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    def _converted(self, w: Weight) -> Iterator[tuple[slice, torch.Tensor]]:
         """w (in, out) in the dtype of the arithmetic: the whole, or copies of some columns."""
+        if isinstance(w, QuantisedWeight):
+            for columns, rows in w.columns():
+                for start in range(0, len(rows), CONVERTED_COLUMNS):
+                    part = rows[start : start + CONVERTED_COLUMNS].widened().to(self.dtype)
+                    first = columns.start + start
+                    yield slice(first, first + len(part)), part.t()
+            return
         if w.dtype == self.dtype:
             yield slice(None), w
             return

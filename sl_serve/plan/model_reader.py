@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -11,6 +13,8 @@ from sl_serve.models import load_family
 from sl_serve.plan.activations import fit_activations
 from sl_serve.plan.model_sizes import ModelSizes
 from sl_serve.weights.checkpoint import Checkpoint
+from sl_serve.weights.formats import Format, plain
+from sl_serve.weights.host import static_bytes
 from sl_serve.weights.layout import LayerLayout
 
 
@@ -28,27 +32,41 @@ def stored_dtype(checkpoint: Checkpoint) -> DTypeName:
     return short if kinds <= {torch_dtype(short)} else "float32"
 
 
+def stored_formats(checkpoint: Checkpoint) -> dict[str, Format]:
+    """Of every matrix, by its name there, as the processor computes with it."""
+    names = (n for n in checkpoint.names() if len(checkpoint.shape(n)) == 2)
+    return {name: checkpoint.format(name) for name in names}
+
+
 def compute_dtype(stored: DTypeName, has_device: bool) -> DTypeName:
     """An accelerator computes in what is stored, the processor in float32."""
     return stored if has_device else "float32"
 
 
 def read_sizes(
-    name: str, model: ModelConfig, stored: torch.dtype, compute: torch.dtype
+    name: str,
+    model: ModelConfig,
+    stored: torch.dtype,
+    compute: torch.dtype,
+    formats: Mapping[str, Format] = MappingProxyType({}),
 ) -> ModelSizes:
-    """`stored`: of weights in memory and on disk. `compute`: of activations, K and V."""
+    """`stored`: of weights in memory and on disk, but for those with a format of their own, by the
+    checkpoint's name. `compute`: of activations, K and V."""
     family = load_family(model.family)
     params, static = family.layer_params(model), family.static_tensors(model)
-    head = math.prod(static["head"][1])
+    sizes = {
+        source: static_bytes(shape, formats.get(source, plain(stored)))
+        for source, shape in static.values()  # equal checkpoint names share one tensor
+    }
+    head, head_shape = static["head"]
     return ModelSizes(
         name=name,
         n_layers=model.n_layers,
-        layer_bytes=LayerLayout(params, stored).image_bytes,
-        head_bytes=head * stored.itemsize,
-        # Equal checkpoint names share one tensor.
-        static_bytes=sum(map(math.prod, dict(static.values()).values())) * stored.itemsize,
+        layer_bytes=LayerLayout(params, stored, formats, model.n_layers).image_bytes,
+        head_bytes=sizes[head],
+        static_bytes=sum(sizes.values()),
         layer_flops_per_token=2.0 * sum(math.prod(p.shape) for p in params if p.is_matrix),
-        head_flops_per_token=2.0 * head,
+        head_flops_per_token=2.0 * math.prod(head_shape),
         hidden_size=model.hidden_size,
         q_size=model.q_size,
         kv_size=model.kv_size,

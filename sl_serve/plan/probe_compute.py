@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -22,7 +22,9 @@ from sl_serve.plan.activations import fit_activations
 from sl_serve.plan.budget import MIB
 from sl_serve.plan.hardware import AttentionRates, MatmulRates
 from sl_serve.sampling import best_tokens
-from sl_serve.weights.layout import Param
+from sl_serve.weights.formats import Format, plain
+from sl_serve.weights.layout import Param, source_name
+from sl_serve.weights.quantised import QuantisedRows, Rows, Weight
 
 MATMUL_ROWS = (1, 4, 16, 64, 256, 1024)
 HEAD_ROWS = (1, 16, 64, 256)
@@ -42,27 +44,40 @@ class Shapes:
     model: ModelConfig
     stored: torch.dtype
     compute: DTypeName
+    formats: Mapping[str, Format] = field(default_factory=dict)  # by checkpoint name, if not stored
+
+    def format(self, source: str) -> Format:
+        return self.formats.get(source, plain(self.stored))
+
+    def format_of(self, param: Param) -> Format:
+        """That of the first layer's first source: layers and sources differ little."""
+        return self.format(source_name(param.sources[0], 0))
 
 
 def matmul_rates(ops: Ops, shapes: Shapes) -> MatmulRates:
     """FLOP/s of one layer's products by rows, over as many distinct layers as SWEEP_BYTES allow;
     very wide matrices are timed over a part of their outputs."""
     params = [p for p in load_family(shapes.model.family).layer_params(shapes.model) if p.is_matrix]
-    layer_bytes = sum(p.shape[0] * p.shape[1] for p in params) * shapes.stored.itemsize
+    layer_bytes = sum(p.shape[1] * shapes.format_of(p).row_bytes(p.shape[0]) for p in params)
     part = min(1.0, SWEEP_BYTES / layer_bytes)
     n_layers = max(1, min(shapes.model.n_layers, int(SWEEP_BYTES / layer_bytes)))
-    layers = [[_weight(p, part, shapes.stored) for p in params] for _ in range(n_layers)]
+    layers = [[_weight(p, part, shapes.format_of(p)) for p in params] for _ in range(n_layers)]
     return MatmulRates(tuple((rows, _rate(ops, layers, rows)) for rows in MATMUL_ROWS))
 
 
-def _weight(param: Param, part: float, dtype: torch.dtype) -> torch.Tensor:
+def _weight(param: Param, part: float, format: Format) -> Weight:
     n_in, n_out = param.shape
-    n_out = max(1, int(n_out * part))
-    # Zeros would share one page until they are written, and then be read from cache.
-    return torch.full((n_out, n_in), 0.01, dtype=dtype).t()
+    return _rows_of(format, max(1, int(n_out * part)), n_in).t()
 
 
-def _rate(ops: Ops, layers: list[list[torch.Tensor]], rows: int) -> float:
+def _rows_of(format: Format, n_rows: int, n_in: int) -> Rows:
+    """Small numbers, in any format. Zeros would share one page until they are written, and then be
+    read from cache."""
+    data = torch.full((n_rows, format.row_bytes(n_in)), 0x11, dtype=torch.uint8)
+    return QuantisedRows(data, format) if format.dtype is None else data.view(format.dtype)
+
+
+def _rate(ops: Ops, layers: list[list[Weight]], rows: int) -> float:
     inputs = {len(w): torch.ones(rows, len(w), dtype=ops.dtype) for w in layers[0]}
 
     def sweep() -> None:
@@ -76,19 +91,21 @@ def _rate(ops: Ops, layers: list[list[torch.Tensor]], rows: int) -> float:
 
 def head_rates(ops: Ops, shapes: Shapes) -> MatmulRates:
     """FLOP/s of the vocabulary matrix's product by rows, choosing the best tokens included."""
-    hidden, vocabulary = shapes.model.hidden_size, shapes.model.vocab_size
-    n = min(vocabulary, SWEEP_BYTES // (hidden * shapes.stored.itemsize))
-    head = torch.full((n, hidden), 0.01, dtype=shapes.stored)
+    vocabulary = shapes.model.vocab_size
+    source, (_, width) = load_family(shapes.model.family).static_tensors(shapes.model)["head"]
+    format = shapes.format(source)
+    n = min(vocabulary, SWEEP_BYTES // format.row_bytes(width))
+    head = _rows_of(format, n, width)
     out = torch.empty(max(HEAD_ROWS), n, dtype=ops.dtype)
 
     def rate(rows: int) -> float:
-        x = torch.ones(rows, hidden, dtype=ops.dtype)
+        x = torch.ones(rows, width, dtype=ops.dtype)
 
         def choose() -> None:
             ops.logits(x, head, out[:rows])
             best_tokens(out[:rows].float())
 
-        return 2.0 * rows * head.numel() / typical_seconds(choose)
+        return 2.0 * rows * n * width / typical_seconds(choose)
 
     return MatmulRates(tuple((rows, rate(rows)) for rows in HEAD_ROWS))
 

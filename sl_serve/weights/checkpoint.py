@@ -12,6 +12,7 @@ from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.file_range import FileRange
+from sl_serve.weights.formats import Format
 from sl_serve.weights.gguf_file import GgufCheckpoint
 from sl_serve.weights.hf_folder import HfFolder
 
@@ -33,6 +34,14 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """A CPU tensor of that shape, to be copied from and not written to: in the stored float
         dtype from safetensors, float32 from GGUF. Safe to call from several threads."""
+        ...
+
+    def format(self, name: str) -> Format:
+        """What its rows may be held in without loss: as the file has them, if we compute so."""
+        ...
+
+    def read_blocks(self, name: str) -> torch.Tensor:
+        """Rows of a matrix whose `format` has blocks, uint8 (out, row_bytes), to be copied from."""
         ...
 
     def location(self, name: str) -> FileRange | None:

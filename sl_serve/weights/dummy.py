@@ -19,6 +19,7 @@ from sl_serve.models import load_family
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.dummy_tokenizer import dummy_tokenizer
 from sl_serve.weights.file_range import FileRange
+from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.hf_config import model_config_from_hf
 from sl_serve.weights.hf_folder import read_model_config
 from sl_serve.weights.hf_tokenizer import has_hf_tokenizer, load_hf_tokenizer
@@ -81,6 +82,12 @@ class DummyCheckpoint:
         row_stride = slack // 2 // n_rows
         start = zlib.crc32(name.encode()) % (slack - row_stride * n_rows + 1)
         return tile.as_strided(shape, (row_stride, 1), start)
+
+    def format(self, name: str) -> Format:
+        return plain(self._dtype)
+
+    def read_blocks(self, name: str) -> torch.Tensor:
+        raise AssertionError("random weights are plain numbers")
 
     def location(self, name: str) -> FileRange | None:
         return None

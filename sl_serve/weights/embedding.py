@@ -9,6 +9,7 @@ import torch
 
 from sl_serve.errors import WeightReadError
 from sl_serve.weights.file_range import FileRange
+from sl_serve.weights.quantised import QuantisedRows
 
 
 class Embedding(Protocol):
@@ -25,6 +26,20 @@ class ResidentEmbedding:
 
     def lookup(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._table, token_ids
+
+    def close(self) -> None:
+        pass
+
+
+class QuantisedEmbedding:
+    """Widened row by row: a step needs few."""
+
+    def __init__(self, table: QuantisedRows) -> None:
+        self._table = table
+
+    def lookup(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted, rows = torch.unique(token_ids, return_inverse=True)
+        return self._table[wanted].widened(), rows
 
     def close(self) -> None:
         pass

@@ -1,7 +1,9 @@
-"""A GGUF file as a checkpoint: tensors dequantised to float32, under Hugging Face names."""
+"""A GGUF file as a checkpoint, under Hugging Face names: tensors dequantised to float32, or rows in
+the file's own blocks."""
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Collection
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.file_range import FileRange
+from sl_serve.weights.formats import BLOCK_FORMATS, Format, plain
 from sl_serve.weights.gguf_config import (
     ROPE_FACTORS,
     hugging_face_names,
@@ -23,6 +26,11 @@ from sl_serve.weights.gguf_header import GgufTensor, read_gguf_header
 from sl_serve.weights.gguf_tokenizer import load_gguf_tokenizer
 
 _Array = np.ndarray[Any, Any]
+_PLAIN = {
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}
 
 
 class GgufCheckpoint:
@@ -47,12 +55,16 @@ class GgufCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """A fresh float32 tensor."""
-        array = self._dequantised(self._tensor(name))
-        if name.endswith(("q_proj.weight", "q_proj.bias")):
-            array = self._unpermuted(name, array, self.config.n_heads)
-        elif name.endswith(("k_proj.weight", "k_proj.bias")):
-            array = self._unpermuted(name, array, self.config.n_kv_heads)
-        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        return self._in_order(name, self._dequantised(self._tensor(name)))
+
+    def format(self, name: str) -> Format:
+        kind = self._tensor(name).kind
+        if kind in _PLAIN:
+            return plain(_PLAIN[kind])
+        return BLOCK_FORMATS.get(kind.name.lower(), plain(torch.float32))
+
+    def read_blocks(self, name: str) -> torch.Tensor:
+        return self._in_order(name, self._rows(self._tensor(name)))
 
     def location(self, name: str) -> FileRange | None:
         return None  # quantised, or rows in another order
@@ -72,6 +84,14 @@ class GgufCheckpoint:
             raise CheckpointError(f"{self.path}: no tensor {name}")
         return self._header.tensors[self._names[name]]
 
+    def _in_order(self, name: str, array: _Array) -> torch.Tensor:
+        """A tensor of its own, rows in Hugging Face's order."""
+        if name.endswith(("q_proj.weight", "q_proj.bias")):
+            array = self._unpermuted(name, array, self.config.n_heads)
+        elif name.endswith(("k_proj.weight", "k_proj.bias")):
+            array = self._unpermuted(name, array, self.config.n_kv_heads)
+        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
     def _unpermuted(self, name: str, array: _Array, n_heads: int) -> _Array:
         """GGUF stores the rows of a llama's q and k for rotating neighbours (2i, 2i + 1); here, as
         in Hugging Face's, i and i + head_dim / 2 turn together."""
@@ -82,15 +102,17 @@ class GgufCheckpoint:
         return pairs.swapaxes(1, 2).reshape(array.shape)
 
     def _dequantised(self, tensor: GgufTensor) -> _Array:
-        assert self._mapping is not None, "read after close"
-        raw = np.frombuffer(
-            self._mapping, np.uint8, count=tensor.stop - tensor.start, offset=tensor.start
-        )
-        n_rows = int(np.prod(tensor.shape[:-1]))
         # Any bits may stand for a number: infinite ones times zero are what they are, not news.
         with np.errstate(invalid="ignore", over="ignore"):
-            array: _Array = gguf.dequantize(raw.reshape(n_rows, -1), tensor.kind)
+            array: _Array = gguf.dequantize(self._rows(tensor), tensor.kind)
         return array.reshape(tensor.shape)
+
+    def _rows(self, tensor: GgufTensor) -> _Array:
+        """(n_rows, row_bytes) uint8, over the mapped file."""
+        assert self._mapping is not None, "read after close"
+        n_bytes = tensor.stop - tensor.start
+        raw = np.frombuffer(self._mapping, np.uint8, count=n_bytes, offset=tensor.start)
+        return raw.reshape(math.prod(tensor.shape[:-1]), -1)
 
 
 def _map(path: Path) -> mmap.mmap:

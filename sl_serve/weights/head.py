@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-import torch
-
 from sl_serve.device import Device
 from sl_serve.weights.direct_file import DirectFile
 from sl_serve.weights.disk import DiskRing, Extent, Readers, slot_bytes
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.host import host_images_of
+from sl_serve.weights.quantised import Rows
 
 PIECE_BYTES = 16 << 20  # at most, of rows that are read while those before are multiplied with
 N_PIECES = 2  # in memory
@@ -20,7 +19,7 @@ N_PIECES = 2  # in memory
 class HeadWeight(Protocol):
     n_rows: int  # the vocabulary's size
 
-    def pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def pieces(self) -> Iterator[tuple[int, Rows]]:
         """(first row, some rows (n, hidden)), all rows in order; each valid until the next.
 
         Raises WeightReadError.
@@ -31,11 +30,11 @@ class HeadWeight(Protocol):
 
 
 class ResidentHead:
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: Rows) -> None:
         self.n_rows = weight.shape[0]
         self._weight = weight
 
-    def pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def pieces(self) -> Iterator[tuple[int, Rows]]:
         yield 0, self._weight
 
     def close(self) -> None:
@@ -62,7 +61,7 @@ class FileHead:
         slots = host_images_of(slot_bytes(self._rows_per_piece * row_bytes), range(N_PIECES))
         self._ring = DiskRing(range(len(extents)), extents, list(slots.values()), readers)
 
-    def pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def pieces(self) -> Iterator[tuple[int, Rows]]:
         for i, first in enumerate(self._firsts):
             rows = self._ring.acquire(i).view(self._dtype).view(-1, self._width)
             yield first, self._device.upload(rows[: self._n(first)])

@@ -16,11 +16,13 @@ from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.fields import read_json_object, shown
 from sl_serve.weights.file_range import FileRange
+from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.hf_config import model_config_from_hf
 from sl_serve.weights.hf_tokenizer import load_hf_tokenizer
 from sl_serve.weights.safetensors_file import SafetensorsFile
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_COMPUTED_WITH = {torch.float32, torch.float16, torch.bfloat16}
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -46,6 +48,14 @@ class HfFolder:
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{self.path}: {name} is stored as {tensor.dtype}, not as a float")
         return tensor
+
+    def format(self, name: str) -> Format:
+        file, stored_name = self._find(name)
+        dtype = file.entries[stored_name].dtype
+        return plain(dtype if dtype in _COMPUTED_WITH else torch.float32)
+
+    def read_blocks(self, name: str) -> torch.Tensor:
+        raise AssertionError("safetensors files hold plain numbers")
 
     def location(self, name: str) -> FileRange | None:
         file, stored_name = self._find(name)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from sl_serve.host_memory import Allocate, host_empty
 from sl_serve.weights.checkpoint import Checkpoint, check_tensors
-from sl_serve.weights.layout import LayerLayout, Param
-
-
-def source_name(template: str, layer: int) -> str:
-    return template.replace("{layer}", str(layer))
+from sl_serve.weights.formats import Format, plain
+from sl_serve.weights.layout import LayerLayout, Param, source_name
+from sl_serve.weights.quantised import QuantisedRows, Rows
 
 
 def host_images(
@@ -34,19 +33,22 @@ def load_image(
     checkpoint: Checkpoint, layout: LayerLayout, layer: int, image: torch.Tensor
 ) -> None:
     """Fill an image tensor by tensor: never more than one tensor beside it."""
-    views = layout.views(image)
-    for segment in layout.segments:
-        read_param(checkpoint, segment.param, layer, views[segment.param.name])
+    for segment in layout.segments(layer):
+        end, format = segment.offset_bytes, segment.format
+        for i in segment.sources:
+            start, end = end, end + segment.param.source_bytes(i, format)
+            name = source_name(segment.param.sources[i], layer)
+            read_tensor(checkpoint, name, format, image[start:end])
     checkpoint.drop_pages()
 
 
-def read_param(checkpoint: Checkpoint, param: Param, layer: int, out: torch.Tensor) -> None:
-    """Write a parameter into `out`, joined and converted."""
-    start = 0
-    for source, rows in zip(param.sources, param.source_rows, strict=True):
-        tensor = checkpoint.read(source_name(source, layer))
-        out[..., start : start + rows].copy_(tensor.t() if param.is_matrix else tensor)
-        start += rows
+def read_tensor(checkpoint: Checkpoint, name: str, format: Format, out: torch.Tensor) -> None:
+    """Fill `out` (uint8) with a tensor in `format`: as the file has it, or in another dtype."""
+    if format.dtype is None:
+        blocks = checkpoint.read_blocks(name)
+        out.view(blocks.shape).copy_(blocks)
+    else:
+        out.view(format.dtype).view(checkpoint.shape(name)).copy_(checkpoint.read(name))
 
 
 def expected_shapes(params: Sequence[Param], n_layers: int) -> dict[str, tuple[int, ...]]:
@@ -59,20 +61,33 @@ def expected_shapes(params: Sequence[Param], n_layers: int) -> dict[str, tuple[i
 
 
 def load_static(
-    checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """What is in no layer: embedding table, final norm, head. `names`: ours -> the checkpoint's.
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+    formats: Mapping[str, Format] = MappingProxyType({}),
+) -> dict[str, Rows]:
+    """What is in no layer: embedding table, final norm, head. `names`: ours -> the checkpoint's;
+    `formats`: of those by the checkpoint's name that are not to be in `dtype`.
 
     Equal checkpoint names share one tensor: a tied head is the embedding table itself. Both are
     stored (vocabulary, hidden): rows are gathered from one and dotted with by the other.
     """
-    read: dict[str, torch.Tensor] = {}
+    read: dict[str, Rows] = {}
     for source in sorted(set(names.values())):
-        shape = checkpoint.shape(source)
-        n_bytes = math.prod(shape) * dtype.itemsize
-        read[source] = host_empty(n_bytes).view(dtype).view(shape).copy_(checkpoint.read(source))
+        shape, format = checkpoint.shape(source), formats.get(source, plain(dtype))
+        memory = host_empty(static_bytes(shape, format))
+        read_tensor(checkpoint, source, format, memory)
+        if format.dtype is None:
+            read[source] = QuantisedRows(memory.view(shape[0], -1), format)
+        else:
+            read[source] = memory.view(format.dtype).view(shape)
         checkpoint.drop_pages()
     return {ours: read[source] for ours, source in names.items()}
+
+
+def static_bytes(shape: Sequence[int], format: Format) -> int:
+    *lines, n_in = shape
+    return math.prod(lines) * format.row_bytes(n_in)
 
 
 def check_checkpoint(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
+
+from sl_serve.weights.formats import Format, plain
+from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight, Weight
 
 ALIGNMENT_BYTES = 256  # of every segment: enough for any vector load and for device copies
 IMAGE_ALIGNMENT_BYTES = 4096  # of a whole image: direct reads of a file of images need no bounce
 
-LayerWeights = Mapping[str, torch.Tensor]
+LayerWeights = Mapping[str, Any]  # vectors are tensors, matrices are `Weight`s
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,10 @@ class Param:
     def is_matrix(self) -> bool:
         return len(self.shape) == 2
 
+    def source_bytes(self, i: int, format: Format) -> int:
+        n_in = self.shape[0] if self.is_matrix else 1
+        return self.source_rows[i] * format.row_bytes(n_in)
+
     def source_shape(self, i: int) -> tuple[int, ...]:
         rows = self.source_rows[i]
         return (rows, self.shape[0]) if self.is_matrix else (rows,)
@@ -46,30 +54,78 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
+    """Sources of a parameter that follow each other in one format: nearly always all of them."""
+
     param: Param
+    sources: range  # their numbers
+    format: Format
     offset_bytes: int
     size_bytes: int
 
 
 class LayerLayout:
-    """The segment table of one layer image; the same for all layers of a model."""
+    """The segment tables of layer images. One serves all layers, unless a file has a layer's
+    matrices in other formats than the next one's; images are as large as the largest needs."""
 
-    def __init__(self, params: Sequence[Param], dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.segments: list[Segment] = []
-        end = 0
-        for param in params:
-            size = math.prod(param.shape) * dtype.itemsize
-            self.segments.append(Segment(param, end, size))
-            end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    def __init__(
+        self,
+        params: Sequence[Param],
+        dtype: torch.dtype,
+        formats: Mapping[str, Format] | None = None,
+        n_layers: int = 1,
+    ) -> None:
+        """`formats`: checkpoint name -> how that tensor lies in memory, where not in `dtype`."""
+        self.params, self.dtype = params, dtype
+        self._formats = formats or {}
+        tables = [list(self._segments(i)) for i in range(n_layers if formats else 1)]
+        self._tables = tables
+        end = max(table[-1].offset_bytes + table[-1].size_bytes for table in tables)
         self.image_bytes = -(-end // IMAGE_ALIGNMENT_BYTES) * IMAGE_ALIGNMENT_BYTES
 
-    def views(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Named tensors over an image's bytes (uint8). Made once per image, never in a step."""
+    def segments(self, layer: int) -> list[Segment]:
+        """In the order of the image."""
+        return self._tables[layer % len(self._tables)]
+
+    def views(self, image: torch.Tensor, layer: int) -> dict[str, Weight]:
+        """Named weights over an image's bytes (uint8). Made once per image, never in a step."""
         assert image.numel() == self.image_bytes
-        return {
-            s.param.name: s.param.seen(
-                image[s.offset_bytes : s.offset_bytes + s.size_bytes].view(self.dtype)
-            )
-            for s in self.segments
-        }
+        by_param = groupby(self.segments(layer), key=lambda s: s.param)
+        return {param.name: _seen(param, list(parts), image) for param, parts in by_param}
+
+    def _segments(self, layer: int) -> Iterator[Segment]:
+        offset = 0
+        for param in self.params:
+            for format, sources in self._runs(param, layer):
+                size = sum(param.source_bytes(i, format) for i in sources)
+                yield Segment(param, sources, format, offset, size)
+                offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+    def _runs(self, param: Param, layer: int) -> Iterator[tuple[Format, range]]:
+        """Neighbouring sources of one format."""
+
+        def format_of(i: int) -> Format:
+            return self._formats.get(source_name(param.sources[i], layer), plain(self.dtype))
+
+        for format, run in groupby(range(len(param.sources)), key=format_of):
+            sources = list(run)
+            yield format, range(sources[0], sources[-1] + 1)
+
+
+def source_name(template: str, layer: int) -> str:
+    """A tensor's name in the checkpoint."""
+    return template.replace("{layer}", str(layer))
+
+
+def _seen(param: Param, segments: Sequence[Segment], image: torch.Tensor) -> Weight:
+    """A tensor where the parameter is plain numbers in one piece, as vectors always are."""
+    pieces = [image[s.offset_bytes : s.offset_bytes + s.size_bytes] for s in segments]
+    dtype = segments[0].format.dtype
+    if len(segments) == 1 and dtype is not None:
+        return param.seen(pieces[0].view(dtype))
+    n_in = param.shape[0]
+    return QuantisedWeight(
+        tuple(
+            QuantisedRows(piece.view(-1, s.format.row_bytes(n_in)), s.format)
+            for s, piece in zip(segments, pieces, strict=True)
+        )
+    )

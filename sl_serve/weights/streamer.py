@@ -45,16 +45,19 @@ class InPlaceWeights:
     def __init__(self, store: LayerStore) -> None:
         self.layer_bytes = store.layout.image_bytes
         self._store = store
-        self._views: dict[int, LayerWeights] = {}  # by address: images and slots are few
+        # By address and layer: images are few, and so are slots.
+        self._views: dict[tuple[int, int], LayerWeights] = {}
         self._image: torch.Tensor | None = None
         self._n_acquired = 0
 
     def acquire(self) -> LayerWeights:
-        self._image = image = self._store.acquire(self._n_acquired % self._store.n_layers)
+        layer = self._n_acquired % self._store.n_layers
+        self._image = image = self._store.acquire(layer)
         self._n_acquired += 1
-        if image.data_ptr() not in self._views:
-            self._views[image.data_ptr()] = self._store.layout.views(image)
-        return self._views[image.data_ptr()]
+        key = (image.data_ptr(), layer)
+        if key not in self._views:
+            self._views[key] = self._store.layout.views(image, layer)
+        return self._views[key]
 
     def advance(self, part: int, n_parts: int) -> None:
         pass
@@ -97,13 +100,14 @@ class StreamedWeights:
         self._device = device
         self._store = store
         self._resident = dict(resident or {})
-        self._resident_views = {i: store.layout.views(m) for i, m in self._resident.items()}
+        self._resident_views = {i: store.layout.views(m, i) for i, m in self._resident.items()}
         n_layers = store.n_layers + len(self._resident)
         self._streamed = [i for i in range(n_layers) if i not in self._resident]
         self._phases = [_phase(i, self._streamed, n_layers) for i in range(n_layers)]
         n_slots = look_ahead + 1 if self._streamed else 0
         self._slots = [device.empty(self.layer_bytes) for _ in range(n_slots)]
-        self._views = [store.layout.views(slot) for slot in self._slots]
+        # Any layer comes into any slot: on a device all are laid out alike.
+        self._views = [store.layout.views(slot, 0) for slot in self._slots]
         self._released: list[Event | None] = [None] * n_slots
         self._loaded: list[Event | None] = [None] * n_slots
         self._layer = -1  # the acquired one

@@ -17,8 +17,8 @@ from sl_serve.plan.budget import gib
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.direct_file import DirectFile
 from sl_serve.weights.disk import DiskRing, Extent, Readers, slot_bytes
-from sl_serve.weights.host import host_images, host_images_of, load_image, source_name
-from sl_serve.weights.layout import LayerLayout
+from sl_serve.weights.host import host_images, host_images_of, load_image
+from sl_serve.weights.layout import LayerLayout, source_name
 from sl_serve.weights.store import LayerStore
 
 OnLayer = Callable[[], None]
@@ -32,13 +32,13 @@ def spread(n: int, n_chosen: int) -> list[int]:
 
 def served_by_files(checkpoint: Checkpoint, layout: LayerLayout, n_layers: int) -> bool:
     """Whether the checkpoint's own files hold every layer's bytes just as images do."""
-    ranges = (
-        checkpoint.location(source_name(source, layer))
+    places = (
+        (checkpoint.location(source_name(segment.param.sources[i], layer)), segment.format)
         for layer in range(n_layers)
-        for segment in layout.segments
-        for source in segment.param.sources
+        for segment in layout.segments(layer)
+        for i in segment.sources
     )
-    return all(r is not None and r.dtype == layout.dtype for r in ranges)
+    return all(found is not None and found.dtype == f.dtype for found, f in places)
 
 
 def open_store(
@@ -88,10 +88,10 @@ def _extents_of_checkpoint(
     extents = []
     for layer in layers:
         of_layer = []
-        for segment in layout.segments:
+        for segment in layout.segments(layer):
             end = segment.offset_bytes
-            for source in segment.param.sources:
-                found = checkpoint.location(source_name(source, layer))
+            for i in segment.sources:
+                found = checkpoint.location(source_name(segment.param.sources[i], layer))
                 assert found is not None
                 if found.path not in files:
                     files[found.path] = DirectFile(found.path)

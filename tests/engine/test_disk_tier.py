@@ -86,7 +86,7 @@ def test_tokens_are_those_of_everything_resident(
         steps = steps_of(running)
         assert run(running, PROMPTS) == expected
         layout = found[0].store.layout
-        content_bytes = sum(s.size_bytes for s in layout.segments)
+        content_bytes = sum(s.size_bytes for s in layout.segments(0))
         acquired = found[0].sweep.weights.n_bytes_moved // layout.image_bytes
         ahead = 0 if device == "cpu" else look_ahead  # queued on the device beyond the last step
         assert acquired == N_LAYERS * len(steps)

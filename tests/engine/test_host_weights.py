@@ -15,12 +15,12 @@ from sl_serve.models import llama
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.disk import Readers
 from sl_serve.weights.file_range import FileRange
+from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.host import (
     check_checkpoint,
     host_images,
     load_image,
     load_static,
-    source_name,
 )
 from sl_serve.weights.layout import (
     ALIGNMENT_BYTES,
@@ -28,6 +28,7 @@ from sl_serve.weights.layout import (
     LayerLayout,
     LayerWeights,
     Param,
+    source_name,
 )
 from sl_serve.weights.tiers import open_store
 
@@ -71,6 +72,12 @@ class FakeCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         self.read_names.append(name)
         return self.tensors[name]
+
+    def format(self, name: str) -> Format:
+        return plain(self.tensors[name].dtype)
+
+    def read_blocks(self, name: str) -> torch.Tensor:
+        raise AssertionError("these tensors are plain numbers")
 
     def location(self, name: str) -> FileRange | None:
         return None
@@ -147,7 +154,7 @@ def layouts(draw: st.DrawFn) -> LayerLayout:
 @given(layouts())
 def test_segments_are_aligned_hold_their_tensor_and_do_not_overlap(layout: LayerLayout) -> None:
     owners = [0] * layout.image_bytes
-    for segment in layout.segments:
+    for segment in layout.segments(0):
         assert segment.offset_bytes % ALIGNMENT_BYTES == 0
         assert segment.size_bytes == math.prod(segment.param.shape) * layout.dtype.itemsize
         for byte in range(segment.offset_bytes, segment.offset_bytes + segment.size_bytes):
@@ -161,16 +168,16 @@ def test_images_follow_one_another_aligned_and_waste_less_than_the_alignment(
     layout: LayerLayout,
 ) -> None:
     assert layout.image_bytes % IMAGE_ALIGNMENT_BYTES == 0
-    padding = layout.image_bytes - sum(s.size_bytes for s in layout.segments)
-    assert padding < ALIGNMENT_BYTES * len(layout.segments) + IMAGE_ALIGNMENT_BYTES
+    padding = layout.image_bytes - sum(s.size_bytes for s in layout.segments(0))
+    assert padding < ALIGNMENT_BYTES * len(layout.segments(0)) + IMAGE_ALIGNMENT_BYTES
 
 
 @FEW
 @given(layouts())
 def test_a_view_is_exactly_the_bytes_of_its_segment(layout: LayerLayout) -> None:
     image = torch.zeros(layout.image_bytes, dtype=torch.uint8)
-    for segment in layout.segments:
-        view = layout.views(image)[segment.param.name]
+    for segment in layout.segments(0):
+        view = layout.views(image, 0)[segment.param.name]
         assert tuple(view.shape) == segment.param.shape
         ones = torch.ones(segment.size_bytes, dtype=torch.uint8).view(layout.dtype)
         view.copy_(ones[0])
@@ -184,7 +191,7 @@ def test_a_view_is_exactly_the_bytes_of_its_segment(layout: LayerLayout) -> None
 def test_an_image_of_another_length_is_refused() -> None:
     layout = LayerLayout(PARAMS, torch.float32)
     with pytest.raises(AssertionError):
-        layout.views(torch.zeros(layout.image_bytes - 1, dtype=torch.uint8))
+        layout.views(torch.zeros(layout.image_bytes - 1, dtype=torch.uint8), 0)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -193,7 +200,7 @@ def test_images_are_the_checkpoints_tensors_joined_and_seen_transposed(stored: t
     layout = LayerLayout(PARAMS, torch.float32)
     for layer, image in host_images(layout, range(MODEL.n_layers)).items():
         load_image(checkpoint, layout, layer, image)
-        views = layout.views(image)
+        views = layout.views(image, layer)
         expected = expected_layer(checkpoint, layer)
         assert views.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -206,7 +213,7 @@ def test_images_convert_to_the_engines_dtype() -> None:
     image = host_images(layout, [3])[3]
     load_image(checkpoint, layout, 3, image)
     expected = expected_layer(checkpoint, 3)["qkv"].bfloat16()
-    assert torch.equal(layout.views(image)["qkv"], expected)
+    assert torch.equal(layout.views(image, 3)["qkv"], expected)
 
 
 def test_loading_reads_each_tensor_once_and_tells_of_each_layer() -> None:

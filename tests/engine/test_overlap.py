@@ -76,7 +76,7 @@ def averaged(
     middle = steps[first + 1 : last + 1]
     assert all(s.n_decode_tokens == N_ROWS and s.n_prefill_tokens == 0 for s in middle)
     down = sum(s.weight_bytes + s.kv_down_bytes for s in middle)
-    layers = parts.store.layout.segments
+    layers = parts.store.layout.segments(0)
     n_flops = 2.0 * N_ROWS * N_LAYERS * sum(s.size_bytes // 4 for s in layers)
     return Measured(
         step_s=(times_s[last] - times_s[first]) / len(middle),

@@ -55,7 +55,7 @@ def host_weights() -> LayerStore:
     images = host_images(LAYOUT, range(N_LAYERS))
     random = torch.Generator().manual_seed(5)
     for image in images.values():
-        for view in LAYOUT.views(image).values():
+        for view in LAYOUT.views(image, 0).values():
             view.normal_(generator=random)
     return LayerStore(LAYOUT, images)
 
@@ -87,7 +87,7 @@ def streamed(
 
 
 def right_bytes(cell: Cell, host: LayerStore) -> bool:
-    expected = LAYOUT.views(host.host_images[cell.unit % N_LAYERS])
+    expected = LAYOUT.views(host.host_images[cell.unit % N_LAYERS], 0)
     return all(torch.equal(seen, expected[name]) for name, seen in cell.seen.items())
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.weights.blocks import random_rows
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
@@ -30,12 +34,14 @@ def write_tiny_gguf(
     model: LlamaForCausalLM,
     *,
     quantisation: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    kinds: Mapping[str, gguf.GGMLQuantizationType] = MappingProxyType({}),
     settings: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     without: tuple[str, ...] = (),
 ) -> dict[str, np.ndarray]:
     """Writes `model` as llama.cpp's converter does, q and k permuted. Returns what was stored,
-    dequantised, by GGUF name and still permuted. A setting of None leaves one out."""
+    dequantised, by GGUF name and still permuted. A setting of None leaves one out. `kinds`: of some
+    matrices, by GGUF name; those that the package cannot write are random instead."""
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
     keys = {
@@ -70,8 +76,9 @@ def write_tiny_gguf(
         del stored[name]
     for name, array in stored.items():
         is_matrix = array.ndim == 2
-        used = quantisation if is_matrix else gguf.GGMLQuantizationType.F32
-        packed = gguf.quantize(array, used)
+        used = kinds.get(name, quantisation) if is_matrix else gguf.GGMLQuantizationType.F32
+        is_random = used.name.endswith("_K")
+        packed = random_rows(used, *array.shape) if is_random else gguf.quantize(array, used)
         writer.add_tensor(name, packed, raw_dtype=used)
         stored[name] = gguf.dequantize(packed, used)
     writer.write_header_to_file()
