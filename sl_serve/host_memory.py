@@ -8,6 +8,8 @@ from contextlib import suppress
 
 import torch
 
+from sl_serve.numa import interleave, memory_nodes
+
 Allocate = Callable[[int], torch.Tensor]  # bytes -> host memory of that size, uint8
 
 
@@ -22,4 +24,8 @@ def host_empty(n_bytes: int) -> torch.Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             area.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(area, dtype=torch.uint8)  # keeps `area` alive
+    buffer = torch.frombuffer(area, dtype=torch.uint8)  # keeps `area` alive
+    nodes = memory_nodes()
+    if len(nodes) > 1:
+        interleave(buffer.data_ptr(), n_bytes, nodes)
+    return buffer
