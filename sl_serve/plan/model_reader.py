@@ -32,10 +32,12 @@ def stored_dtype(checkpoint: Checkpoint) -> DTypeName:
     return short if kinds <= {torch_dtype(short)} else "float32"
 
 
-def stored_formats(checkpoint: Checkpoint) -> dict[str, Format]:
-    """Of every matrix, by its name there, as the processor computes with it."""
+def stored_formats(checkpoint: Checkpoint, has_device: bool = False) -> dict[str, Format]:
+    """Of every matrix, by its name there, as the processor computes with it; for a device only
+    those in blocks, the others come to it in the dtype that it computes with."""
     names = (n for n in checkpoint.names() if len(checkpoint.shape(n)) == 2)
-    return {name: checkpoint.format(name) for name in names}
+    formats = {name: checkpoint.format(name) for name in names}
+    return {n: f for n, f in formats.items() if f.dtype is None or not has_device}
 
 
 def compute_dtype(stored: DTypeName, has_device: bool) -> DTypeName:
