@@ -18,7 +18,8 @@ from sl_serve.engine import Engine
 from sl_serve.llm import UNBOUNDED_QUEUE
 from sl_serve.loader import load
 from sl_serve.plan.hardware import AttentionRates, Hardware, roofline
-from sl_serve.plan.model_reader import read_sizes, torch_dtype
+from sl_serve.plan.model_reader import read_sizes, stored_formats, torch_dtype
+from sl_serve.plan.model_sizes import ModelSizes
 from sl_serve.plan.placement import Placement, Workload
 from sl_serve.plan.predict import StepTime, predict
 from sl_serve.plan.profiles import PROFILES
@@ -130,8 +131,7 @@ def _run(engine: Engine) -> None:
 
 
 def _predicted_decode(checkpoint: Checkpoint, hardware: Hardware, look_ahead: int) -> StepTime:
-    dtype = torch_dtype(DTYPE)
-    sizes = read_sizes("simulated", checkpoint.config, dtype, dtype)
+    sizes = _sizes(checkpoint)
     placement = Placement(
         n_device_layers=0,
         n_host_layers=sizes.n_layers,
@@ -142,3 +142,9 @@ def _predicted_decode(checkpoint: Checkpoint, hardware: Hardware, look_ahead: in
         look_ahead=look_ahead,
     )
     return predict(sizes, placement, hardware, Workload(PROMPT_TOKENS, OUTPUT_TOKENS, ROWS)).decode
+
+
+def _sizes(checkpoint: Checkpoint) -> ModelSizes:
+    dtype = torch_dtype(DTYPE)
+    formats = stored_formats(checkpoint, has_device=True)
+    return read_sizes("simulated", checkpoint.config, dtype, dtype, formats, has_device=True)

@@ -60,9 +60,13 @@ def plan(
         settings, stored = checkpoint.config, stored_dtype(checkpoint)
         folder = measurable_folder(disk_dir, checkpoint.path)
         hardware = _profile(profile) if profile else _measured(checkpoint, folder, threads)
-        formats = {} if hardware.has_device else stored_formats(checkpoint)
-    compute = compute_dtype(stored, hardware.has_device)
-    sizes = read_sizes(model, settings, torch_dtype(stored), torch_dtype(compute), formats)
+        has_device = hardware.has_device
+        formats = stored_formats(checkpoint, has_device)
+    if has_device and formats:
+        stored = "bfloat16"  # what blocks are expanded to there, unless --dtype says otherwise
+    compute = compute_dtype(stored, has_device)
+    dtypes = torch_dtype(stored), torch_dtype(compute)
+    sizes = read_sizes(model, settings, *dtypes, formats, has_device)
     workload = Workload(prompt, gen, requests)
     budgets = _budgets(hardware, device_memory, host_memory)
     chosen = choose(sizes, hardware, budgets, workload)

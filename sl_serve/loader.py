@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from sl_serve.config import DTypeName, EngineConfig
 from sl_serve.device import Device, device_budget_bytes, open_device
+from sl_serve.errors import MemoryBudgetError
 from sl_serve.kv.access import InPlaceKV, KVAccess
 from sl_serve.kv.host import HostKV
 from sl_serve.kv.resident import ResidentKV, TieredKV
@@ -35,11 +36,18 @@ from sl_serve.weights.embedding import (
     QuantisedEmbedding,
     ResidentEmbedding,
 )
+from sl_serve.weights.expander import Expander
 from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.head import FileHead, HeadWeight, ResidentHead
-from sl_serve.weights.host import check_checkpoint, load_image, load_static, static_bytes
+from sl_serve.weights.host import (
+    check_checkpoint,
+    load_image,
+    load_static,
+    plain_rows,
+    static_bytes,
+)
 from sl_serve.weights.layout import LayerLayout, LayerWeights
-from sl_serve.weights.quantised import QuantisedRows
+from sl_serve.weights.quantised import QuantisedRows, Rows
 from sl_serve.weights.store import LayerStore
 from sl_serve.weights.streamer import load_resident, weight_source
 from sl_serve.weights.tiers import OnLayer, open_store, served_by_files, spread
@@ -70,7 +78,7 @@ class Parts:
 
 def plan_checkpoint(checkpoint: Checkpoint, config: EngineConfig) -> MemoryPlan:
     """The memory plan, without reading any weight. Raises CheckpointError, MemoryBudgetError."""
-    return _Model.of(checkpoint, config).plan()
+    return _Model.planned(checkpoint, config)[1]
 
 
 def load(
@@ -84,8 +92,7 @@ def load(
 
     `device` overrides the one that `config` names, for simulations with a profile of their own.
     """
-    model = _Model.of(checkpoint, config)
-    plan = model.plan()
+    model, plan = _Model.planned(checkpoint, config)
     on_plan(plan)
     n_threads = config.n_threads or torch.get_num_threads()
     torch.set_num_threads(n_threads)
@@ -93,12 +100,7 @@ def load(
     ops = choose_ops(config.dtype, n_threads, config.native, device)
     names = model.static_names(plan)
     host_static = load_static(checkpoint, names, model.layout.dtype, model.formats)
-    # The embedding is looked up on the host: a step needs few of its rows.
-    static = {
-        name: t if isinstance(t, QuantisedRows) else device.upload(t)
-        for name, t in host_static.items()
-        if name != "embed"
-    }
+    static = _static_on(device, host_static, model.layout.dtype)
     readers = Readers()
     on_device = spread(checkpoint.config.n_layers, plan.n_device_layers)
     resident = load_resident(
@@ -122,7 +124,9 @@ def load(
         device=device,
         static=static,
         embedding=model.embedding(plan, host_static),
-        weights=weight_source(device, store, plan.look_ahead, resident),
+        weights=weight_source(
+            device, store, plan.look_ahead, resident, _expander(device, ops, model.layout)
+        ),
         kv=_kv_access(plan, device, ops, torch_dtype(config.dtype)),
     )
     release_workers()  # from here on the engine's thread computes
@@ -163,9 +167,36 @@ class _Model:
         params, static = family.layer_params(settings), family.static_tensors(settings)
         check_checkpoint(checkpoint, params, dict(static.values()))
         dtype = torch_dtype(_stored_as(checkpoint, config))
-        formats = stored_formats(checkpoint) if _widens(config) else {}
+        formats = _formats(checkpoint, config)
         layout = LayerLayout(params, dtype, formats, settings.n_layers)
         return cls(checkpoint, config, family, formats, layout, static)
+
+    @classmethod
+    def planned(cls, checkpoint: Checkpoint, config: EngineConfig) -> tuple[_Model, MemoryPlan]:
+        """With layers as stored; or, where a device has room for all of them expanded and for no
+        less KV, so for good. Raises MemoryBudgetError."""
+        model = cls.of(checkpoint, config)
+        whole = model._all_expanded()
+        try:
+            plan = model.plan()
+        except MemoryBudgetError:
+            if whole is None:
+                raise
+            return whole
+        if whole is not None and whole[1].device_kv_bytes >= plan.device_kv_bytes:
+            return whole
+        return model, plan
+
+    def _all_expanded(self) -> tuple[_Model, MemoryPlan] | None:
+        """Where a device has room for that."""
+        if self.config.device == "cpu" or not self.layout.expanded_bytes:
+            return None
+        model = replace(self, layout=self.layout.expanded)
+        try:
+            plan = model.plan()
+        except MemoryBudgetError:
+            return None
+        return (model, plan) if plan.n_device_layers == plan.kv.n_layers else None
 
     @property
     def n_parameters(self) -> int:
@@ -219,13 +250,19 @@ class _Model:
         formats = {source: self.formats.get(source, plain_format) for source, _ in static}
         sizes = {source: static_bytes(shape, formats[source]) for source, shape in static}
         head, embed = self.static["head"][0], self.static["embed"][0]
+        embedding_bytes = 0 if embed == head else sizes[embed]
+        others_bytes = sum(sizes.values()) - sum(sizes[s] for s in {head, embed})
+        if self.config.device != "cpu":  # the head is expanded there, the embedding is not
+            embedding_bytes = sizes[embed]
+            sizes[head] = static_bytes(self.static["head"][1], plain_format)
         places = [(self.checkpoint.location(s), formats[s].dtype) for s in (head, embed)]
         in_files = served_by_files(self.checkpoint, self.layout, settings.n_layers)
         return WeightSizes(
             layer_bytes=self.layout.image_bytes,
-            embedding_bytes=0 if embed == head else sizes[embed],
+            expanded_layer_bytes=0 if self.config.device == "cpu" else self.layout.expanded_bytes,
+            embedding_bytes=embedding_bytes,
             head_bytes=sizes[head],
-            others_bytes=sum(sizes.values()) - sum(sizes[s] for s in {head, embed}),
+            others_bytes=others_bytes,
             disk_tier=in_files or self.config.disk_dir is not None,
             vocabulary_in_file=all(found and found.dtype == d for found, d in places),
         )
@@ -236,6 +273,26 @@ def _stored_as(checkpoint: Checkpoint, config: EngineConfig) -> DTypeName:
     conversion is exact, and half the bytes are read. Elsewhere weights are what is computed with.
     """
     return stored_dtype(checkpoint) if _widens(config) else config.dtype
+
+
+def _formats(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Format]:
+    if config.device == "cpu":
+        return stored_formats(checkpoint) if _widens(config) else {}
+    return stored_formats(checkpoint, has_device=True)
+
+
+def _static_on(device: Device, host_static: Mapping[str, Rows], dtype: torch.dtype) -> LayerWeights:
+    """All but the embedding, which is looked up on the host: a step needs few of its rows. A
+    device gets numbers of `dtype`, which are computed with in every step."""
+    names = [name for name in host_static if name != "embed"]
+    if device.in_place:
+        return {name: host_static[name] for name in names}
+    return {name: device.upload(plain_rows(host_static[name], dtype)) for name in names}
+
+
+def _expander(device: Device, ops: Ops, layout: LayerLayout) -> Expander | None:
+    needed = layout.expanded_bytes > 0 and not device.in_place
+    return Expander(device, ops, layout) if needed else None
 
 
 def _widens(config: EngineConfig) -> bool:

@@ -11,7 +11,7 @@ from sl_serve.config import EngineConfig, SchedulerConfig
 from sl_serve.device import device_budget_bytes
 from sl_serve.errors import MemoryBudgetError
 from sl_serve.loader import plan_checkpoint
-from sl_serve.plan.model_reader import read_sizes, torch_dtype
+from sl_serve.plan.model_reader import read_sizes, stored_formats, torch_dtype
 from sl_serve.plan.placement import Workload
 from sl_serve.plan.planner import Budgets, Plan, choose
 from sl_serve.plan.pools import KVPools, floor_power_of_two
@@ -48,9 +48,9 @@ def tune(checkpoint: Checkpoint, config: EngineConfig, say: Say) -> Tuned:
     longest = min(config.max_model_len or settings.max_positions, settings.max_positions)
     prompt = max(1, min(PROMPT_TOKENS, longest - OUTPUT_TOKENS, longest // 2))
     workload = Workload(prompt, max(1, min(OUTPUT_TOKENS, longest - prompt)), N_REQUESTS)
-    plan = choose(
-        read_sizes(checkpoint.path.name, settings, dtype, dtype), hardware, budgets, workload
-    )
+    formats = stored_formats(checkpoint, has_device=True)
+    sizes = read_sizes(checkpoint.path.name, settings, dtype, dtype, formats, has_device=True)
+    plan = choose(sizes, hardware, budgets, workload)
     return Tuned(_accepted(checkpoint, config, plan, workload), plan)
 
 

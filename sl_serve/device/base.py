@@ -61,8 +61,11 @@ class Device(Protocol):
     def synchronize(self, event: Event) -> None:
         """Block the host until `event`."""
 
-    def computed(self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "") -> None:
-        """Tell that arithmetic reading these buffers was queued on the compute stream."""
+    def computed(
+        self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "", n_bytes: float = 0.0
+    ) -> None:
+        """Tell that work reading these buffers was queued on the compute stream: arithmetic, or
+        n_bytes read and written in the device's memory."""
 
     def stall_s(self) -> float:
         """Seconds the compute stream has waited for copies since the last call; 0 where that is

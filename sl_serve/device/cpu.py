@@ -40,7 +40,9 @@ class CpuDevice:
     def synchronize(self, event: Event) -> None:
         raise AssertionError("nothing is queued where host memory is device memory")
 
-    def computed(self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "") -> None:
+    def computed(
+        self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "", n_bytes: float = 0.0
+    ) -> None:
         pass
 
     def stall_s(self) -> float:

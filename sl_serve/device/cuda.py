@@ -124,7 +124,9 @@ class CudaDevice:
         assert isinstance(event, _cuda.Event)
         event.synchronize()
 
-    def computed(self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "") -> None:
+    def computed(
+        self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "", n_bytes: float = 0.0
+    ) -> None:
         if self._timeline is not None:
             self._timeline.add_compute(name)
 

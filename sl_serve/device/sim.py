@@ -12,11 +12,13 @@ wrong token on any machine:
   has ended raises SlotReuseError: the program order was right by luck, the streams' was not.
 
 The clock: each stream has its own time; a copy takes bytes / bandwidth, a computation
-FLOPs / rate, an event is a time, a wait moves a stream's time to it.
+FLOPs / rate or, where it only moves bytes (layers that are expanded), those / the memory's
+bandwidth; an event is a time, a wait moves a stream's time to it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,12 +38,13 @@ class SlotReuseError(SlServeError):
 
 @dataclass(frozen=True, slots=True)
 class HardwareProfile:
-    """Rates of a machine: link bandwidth each way, arithmetic."""
+    """Rates of a machine: link bandwidth each way, arithmetic, memory."""
 
     name: str
     down_bytes_per_s: float
     up_bytes_per_s: float
     flops_per_s: float
+    memory_bytes_per_s: float = math.inf  # of the device's memory, reads and writes together
 
     @classmethod
     def of(cls, hardware: Hardware) -> HardwareProfile:
@@ -51,10 +54,11 @@ class HardwareProfile:
             hardware.link_down_bytes_per_s,
             hardware.link_up_bytes_per_s,
             hardware.matmul.peak_flops_per_s,
+            hardware.device_read_bytes_per_s,
         )
 
 
-PCIE4_A100 = HardwareProfile("pcie4-a100", 24e9, 22e9, 200e12)
+PCIE4_A100 = HardwareProfile("pcie4-a100", 24e9, 22e9, 200e12, 1.3e12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +142,11 @@ class SimDevice:
             dst.copy_(src)
             queue.n_done += 1
 
-    def computed(self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "") -> None:
-        self._spend(Stream.COMPUTE, name, n_flops / self.profile.flops_per_s)
+    def computed(
+        self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "", n_bytes: float = 0.0
+    ) -> None:
+        seconds = n_flops / self.profile.flops_per_s + n_bytes / self.profile.memory_bytes_per_s
+        self._spend(Stream.COMPUTE, name, seconds)
         for buffer in reads:
             address = buffer.untyped_storage().data_ptr()
             self._read_until_s[address] = self._queues[Stream.COMPUTE].time_s

@@ -113,7 +113,7 @@ class WindowedKV:
             self._device.wait(Stream.COMPUTE, stored)
         n_bytes = k.nbytes + v.nbytes
         staged = self._windows[index].staging[:n_bytes]
-        torch.stack((k, v), dim=1, out=self._tokens(staged, len(k)))
+        self._ops.pack_kv(k, v, self._tokens(staged, len(k)))
         self._device.computed(0.0, (self._windows[index].memory,), "attention")
         self._computed[index] = computed = self._device.record(Stream.COMPUTE)
         self._device.wait(Stream.STORE, computed)

@@ -41,6 +41,13 @@ class Ops(Protocol):
     def logits(self, x: torch.Tensor, head: Rows, out: torch.Tensor) -> None:
         """out (n, vocabulary) = x (n, hidden) @ head (vocabulary, hidden) transposed."""
 
+    def expand(self, w: Weight, out: torch.Tensor) -> None:
+        """out = w, of whatever format, rounded to the compute dtype: vectors, or matrices
+        (in, out) whose columns are contiguous."""
+
+    def pack_kv(self, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+        """out (T, 2, Hk, D) = k and v (T, Hk, D), side by side for each token."""
+
     def prepare(self, table: RowTable, spec: KVSpec, is_window: bool = True) -> RowTable:
         """The table of device memory with all that is looked up in it once per step; `append` and
         `attend` get it for every layer. Tables of memory used in place are not prepared.

@@ -12,9 +12,10 @@ from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import FIELDS, Int64Array, RowTable
 from sl_serve.ops.protocol import KVRegion
 from sl_serve.ops.scratch import Scratch
-from sl_serve.weights.quantised import QuantisedWeight, Rows, Weight
+from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight, Rows, Weight
 
 CONVERTED_COLUMNS = 1024  # of a stored weight at a time: the copy stays small beside the weight
+EXPANDED_ELEMENTS = 1 << 20  # at a time, of a layer: what widening takes on its way stays small
 
 
 class TorchOps:
@@ -63,6 +64,22 @@ class TorchOps:
             columns = slice(start, start + CONVERTED_COLUMNS)
             part = w[:, columns].t()
             yield columns, self._scratch("converted", *part.shape).copy_(part).t()
+
+    def expand(self, w: Weight, out: torch.Tensor) -> None:
+        if not isinstance(w, QuantisedWeight):
+            out.copy_(w)
+            return
+        for columns, rows in w.columns():
+            self._expand_rows(rows, out.t()[columns])
+
+    def _expand_rows(self, rows: QuantisedRows, out: torch.Tensor) -> None:
+        n_rows = max(1, EXPANDED_ELEMENTS // rows.shape[1])
+        for start in range(0, len(rows), n_rows):
+            piece = slice(start, start + n_rows)
+            out[piece] = rows[piece].widened()
+
+    def pack_kv(self, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+        torch.stack((k, v), dim=1, out=out)
 
     def prepare(self, table: RowTable, spec: KVSpec, is_window: bool = True) -> RowTable:
         return table

@@ -66,10 +66,11 @@ class DeviceRoom:
         needed = step.on_device_bytes + static_bytes
         windows = step.n_windows * self.pools.smallest_bytes // self.model.n_layers
         if needed + windows > self.usable_bytes:
+            passing = step.slots_bytes + step.expansion_bytes
             enough = math.ceil((needed + windows) / (1 - MARGIN_SHARE) / MIB + 1) * MIB
             raise MemoryBudgetError(
-                f"the device needs {gib(needed + windows)} ({gib(step.slots_bytes)} for the layers "
-                f"that pass through, {gib(static_bytes)} for the head), "
+                f"the device needs {gib(needed + windows)} ({gib(passing)} for the layers that "
+                f"pass through, {gib(static_bytes)} for the head), "
                 f"{gib(self.usable_bytes)} of it may be used; raise --device-memory to "
                 f"{exact_size(enough)}, or lower --prefill-tokens or --max-rows"
             )

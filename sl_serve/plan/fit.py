@@ -71,6 +71,7 @@ def plan_memory(
         window_chunks=window_chunks(config, pools, tiers.kv_bytes) if step.n_windows else n_chunks,
         workspace_bytes=step.workspace_bytes,
         device_slots_bytes=step.slots_bytes,
+        expansion_bytes=step.expansion_bytes,
         windows_bytes=windows_bytes(config, pools, step, tiers.kv_bytes),
         staging_bytes=step.staging_device_bytes + step.staging_host_bytes,
         staging_host_bytes=step.staging_host_bytes,

@@ -10,12 +10,14 @@ from sl_serve.plan.budget import gib
 
 @dataclass(frozen=True, slots=True)
 class WeightSizes:
-    """As stored. A tied head counts as head alone."""
+    """As stored; on a device the head as it is computed with. A tied head counts as head alone, or
+    where it differs from the table in host memory, as both."""
 
     layer_bytes: int
     embedding_bytes: int
     head_bytes: int
     others_bytes: int  # final norm and the like
+    expanded_layer_bytes: int = 0  # on a device, of a layer that is not computed with as stored
     disk_tier: bool = False  # layers may stay on disk
     vocabulary_in_file: bool = False  # embedding and head may: rows and pieces of them are read
 
@@ -45,6 +47,7 @@ class MemoryPlan:
     window_chunks: int  # of the host's, what a sub-batch may touch
     workspace_bytes: int
     device_slots_bytes: int
+    expansion_bytes: int  # on a device: for one layer expanded, and what that takes on its way
     windows_bytes: int  # for KV prefixes on the device
     staging_bytes: int  # for new K and V on their way up, on device and host
     staging_host_bytes: int  # of staging_bytes
@@ -73,12 +76,13 @@ class MemoryPlan:
         weights = self.device_layers_bytes + self.device_slots_bytes + self.static_device_bytes
         staging = self.staging_bytes - self.staging_host_bytes
         kv = self.windows_bytes + self.device_kv_bytes
-        return weights + kv + staging + self.workspace_bytes
+        return weights + self.expansion_bytes + kv + staging + self.workspace_bytes
 
     @property
     def total_bytes(self) -> int:
         weights = self.weights_bytes + self.device_layers_bytes + self.ring_bytes
-        passing = self.device_slots_bytes + self.windows_bytes + self.staging_bytes
+        passing = self.device_slots_bytes + self.expansion_bytes
+        passing += self.windows_bytes + self.staging_bytes
         kv = self.kv_bytes + self.device_kv_bytes
         return weights + self.static_bytes + kv + self.workspace_bytes + passing
 
@@ -111,6 +115,7 @@ class MemoryPlan:
                 f"{self.n_device_chunks * self.kv.chunk_tokens} tokens, resident",
             ),
             ("layer slots", self.device_slots_bytes, f"look-ahead {self.look_ahead}"),
+            ("expanded layer", self.expansion_bytes, "the one that is computed with"),
             ("KV windows", self.windows_bytes, "prefixes on their way to the device"),
             ("KV staging", self.staging_bytes, "new tokens on their way from the device"),
         ]

@@ -32,10 +32,12 @@ def stored_dtype(checkpoint: Checkpoint) -> DTypeName:
     return short if kinds <= {torch_dtype(short)} else "float32"
 
 
-def stored_formats(checkpoint: Checkpoint) -> dict[str, Format]:
-    """Of every matrix, by its name there, as the processor computes with it."""
+def stored_formats(checkpoint: Checkpoint, has_device: bool = False) -> dict[str, Format]:
+    """Of every matrix, by its name there, as the processor computes with it; for a device only
+    those in blocks, the others come to it in the dtype that it computes with."""
     names = (n for n in checkpoint.names() if len(checkpoint.shape(n)) == 2)
-    return {name: checkpoint.format(name) for name in names}
+    formats = {name: checkpoint.format(name) for name in names}
+    return {n: f for n, f in formats.items() if f.dtype is None or not has_device}
 
 
 def compute_dtype(stored: DTypeName, has_device: bool) -> DTypeName:
@@ -49,20 +51,24 @@ def read_sizes(
     stored: torch.dtype,
     compute: torch.dtype,
     formats: Mapping[str, Format] = MappingProxyType({}),
+    has_device: bool = False,
 ) -> ModelSizes:
     """`stored`: of weights in memory and on disk, but for those with a format of their own, by the
-    checkpoint's name. `compute`: of activations, K and V."""
+    checkpoint's name; on a device all are computed with in it. `compute`: of activations, K and V.
+    """
     family = load_family(model.family)
     params, static = family.layer_params(model), family.static_tensors(model)
+    static_formats = {} if has_device else formats
     sizes = {
-        source: static_bytes(shape, formats.get(source, plain(stored)))
+        source: static_bytes(shape, static_formats.get(source, plain(stored)))
         for source, shape in static.values()  # equal checkpoint names share one tensor
     }
     head, head_shape = static["head"]
+    layout = LayerLayout(params, stored, formats, model.n_layers)
     return ModelSizes(
         name=name,
         n_layers=model.n_layers,
-        layer_bytes=LayerLayout(params, stored, formats, model.n_layers).image_bytes,
+        layer_bytes=layout.image_bytes,
         head_bytes=sizes[head],
         static_bytes=sum(sizes.values()),
         layer_flops_per_token=2.0 * sum(math.prod(p.shape) for p in params if p.is_matrix),
@@ -74,4 +80,5 @@ def read_sizes(
         max_positions=model.max_positions,
         itemsize=compute.itemsize,
         activations=fit_activations(model, compute),
+        expanded_layer_bytes=layout.expanded_bytes if has_device else 0,
     )

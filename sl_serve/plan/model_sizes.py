@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class ModelSizes:
     max_positions: int
     itemsize: int
     activations: LinearBytes  # of one layer's pass over a sub-batch, its hidden states included
+    expanded_layer_bytes: int = 0  # on a device, of a layer that is not computed with as stored
 
     @property
     def kv_token_layer_bytes(self) -> int:
@@ -46,6 +47,15 @@ class ModelSizes:
     @property
     def weights_bytes(self) -> int:
         return self.n_layers * self.layer_bytes + self.static_bytes
+
+    @property
+    def computed_layer_bytes(self) -> int:
+        """Of a layer as the arithmetic reads it."""
+        return self.expanded_layer_bytes or self.layer_bytes
+
+    def expanded(self) -> ModelSizes:
+        """With layers expanded for good."""
+        return replace(self, layer_bytes=self.computed_layer_bytes, expanded_layer_bytes=0)
 
     @property
     def attention_layer_flops(self) -> float:

@@ -73,6 +73,7 @@ class Plan:
     placement: Placement
     parts: tuple[Part, ...]
     prediction: Prediction
+    model: ModelSizes  # as placed: with layers as stored, or expanded for good
 
 
 def choose(
@@ -96,19 +97,36 @@ def choose(
     known_steps = cache(lambda rows, prefill: steps_of(workload, rows, prefill))
     best, best_wall_s = None, math.inf
     for cut in _grid(workload, hardware.has_device, abilities):
-        placement = fill(model, cut, hardware, budgets, workload)
-        if placement is None:
+        found = _placed(model, cut, hardware, budgets, workload)
+        if found is None:
             continue
+        sizes, placement = found
         if abilities.layers_first and placement.kv_device_share and placement.n_streamed_layers:
             continue
         steps = known_steps(min(cut.total_rows, workload.n_requests), cut.prefill_tokens)
-        wall_s = total_seconds(model, placement, hardware, steps)
+        wall_s = total_seconds(sizes, placement, hardware, steps)
         if wall_s < best_wall_s:
-            best, best_wall_s = placement, wall_s
+            best, best_wall_s = found, wall_s
     if best is None:
         raise _refusal(model, hardware, budgets, workload)
-    parts = memory_parts(model, best, workload, hardware.has_device)
-    return Plan(best, tuple(parts), predict(model, best, hardware, workload))
+    sizes, placement = best
+    parts = memory_parts(sizes, placement, workload, hardware.has_device)
+    predicted = predict(sizes, placement, hardware, workload)
+    return Plan(placement, tuple(parts), predicted, sizes)
+
+
+def _placed(
+    model: ModelSizes, cut: Placement, hardware: Hardware, budgets: Budgets, workload: Workload
+) -> tuple[ModelSizes, Placement] | None:
+    """The cut filled, layers as stored; or, where the device has room for all of them expanded,
+    so for good. That is the engine's rule too."""
+    if model.expanded_layer_bytes:
+        expanded = model.expanded()
+        placement = fill(expanded, cut, hardware, budgets, workload)
+        if placement is not None and not placement.n_streamed_layers:
+            return expanded, placement
+    placement = fill(model, cut, hardware, budgets, workload)
+    return None if placement is None else (model, placement)
 
 
 def fill(

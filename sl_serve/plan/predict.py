@@ -4,7 +4,8 @@
     link down    (streamed layers + KV prefixes of the host's rows) / rate down
     link up      new K and V of the host's rows / rate up
     compute      matrix products by rows, or reading the weights; attention; what is done element
-                 by element; a fixed cost per cell
+                 by element; a fixed cost per cell; on a device, layers in blocks read once and
+                 written expanded
     host memory  everything that crosses it: what goes over the link, comes from disk, is attended
                  to by the processor, or is read by it
 
@@ -192,8 +193,10 @@ def _compute_seconds(
     read = hardware.compute_read_bytes_per_s
     products = hardware.matmul.seconds(steps.n_tokens / n_sub_batches, model.layer_flops_per_token)
     layer_s = n_sub_batches * (
-        np.maximum(products, model.layer_bytes / read) + hardware.cell_overhead_s
+        np.maximum(products, model.computed_layer_bytes / read) + hardware.cell_overhead_s
     )
+    if model.expanded_layer_bytes:  # once, for all sub-batches
+        layer_s += (model.layer_bytes + model.expanded_layer_bytes) / read
     elementwise_bytes = model.activations.per_token + model.kv_token_layer_bytes
     layer_s += steps.n_tokens * elementwise_bytes / hardware.elementwise_bytes_per_s
     head_s = np.maximum(

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from sl_serve.config import LOGITS_BLOCK_LINES, EngineConfig, ModelConfig
 from sl_serve.kv.layout import HOST_STAGING_BUFFERS, n_windows
+from sl_serve.ops.torch_ops import EXPANDED_ELEMENTS
 from sl_serve.plan.memory import WeightSizes
 from sl_serve.plan.pools import KVPools
+from sl_serve.weights.formats import WIDENING_BYTES
 
 DEFAULT_PREFILL_TOKENS = 1024
 MIN_PREFILL_TOKENS = 64
@@ -24,13 +26,15 @@ class StepMemory(NamedTuple):
     prefill_tokens: int
     workspace_bytes: int
     slots_bytes: int
+    expansion_bytes: int
     n_windows: int
     staging_device_bytes: int
     staging_host_bytes: int
 
     @property
     def on_device_bytes(self) -> int:
-        return self.workspace_bytes + self.slots_bytes + self.staging_device_bytes
+        passing = self.slots_bytes + self.expansion_bytes + self.staging_device_bytes
+        return self.workspace_bytes + passing
 
 
 def step_memory(
@@ -74,10 +78,18 @@ def _with_prefill(
         prefill_tokens=prefill,
         workspace_bytes=_workspace_bytes(model, tokens, scheduler.max_rows, pools.itemsize),
         slots_bytes=0 if in_place else (scheduler.look_ahead + 1) * sizes.layer_bytes,
+        expansion_bytes=expansion_bytes(sizes.expanded_layer_bytes),
         n_windows=windows,
         staging_device_bytes=windows * staging,
         staging_host_bytes=HOST_STAGING_BUFFERS * staging,
     )
+
+
+def expansion_bytes(expanded_layer_bytes: int) -> int:
+    """For one layer and what widening a piece of it takes; none where no layer is expanded."""
+    if not expanded_layer_bytes:
+        return 0
+    return expanded_layer_bytes + EXPANDED_ELEMENTS * WIDENING_BYTES
 
 
 def n_ring_slots(in_place: bool, look_ahead: int) -> int:

@@ -30,7 +30,7 @@ def what_helps(
     """Best first, what changes nothing left out."""
     now = plan.prediction.tokens_per_s
     helps = [
-        Help(what, predict(model, plan.placement, better, workload).tokens_per_s / now)
+        Help(what, predict(plan.model, plan.placement, better, workload).tokens_per_s / now)
         for what, better in _faster(hardware)
     ]
     for what, larger in _larger(hardware, budgets):

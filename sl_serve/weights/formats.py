@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 Widen = Callable[[torch.Tensor], torch.Tensor]
+WIDENING_BYTES = 16  # per element, the most that any `widen` has alive at once, its result included
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 def _bits(packed: torch.Tensor, n_bits: int) -> torch.Tensor:
     """(..., n) bytes -> (..., 8 / n_bits, n) uint8: all lowest bits, then the next ones, ..."""
-    shifts = torch.arange(0, 8, n_bits, dtype=torch.uint8)
+    shifts = torch.arange(0, 8, n_bits, dtype=torch.uint8, device=packed.device)
     return (packed[..., None, :] >> shifts[:, None]) & ((1 << n_bits) - 1)
 
 

@@ -14,6 +14,8 @@ from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.layout import LayerLayout, Param, source_name
 from sl_serve.weights.quantised import QuantisedRows, Rows
 
+WIDENED_ROWS = 1024  # at a time: what that takes stays small beside the matrix
+
 
 def host_images(
     layout: LayerLayout, layers: Sequence[int], allocate: Allocate = host_empty
@@ -83,6 +85,18 @@ def load_static(
             read[source] = memory.view(format.dtype).view(shape)
         checkpoint.drop_pages()
     return {ours: read[source] for ours, source in names.items()}
+
+
+def plain_rows(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+    """(out, in), rows in blocks made into numbers of `dtype`, some at a time."""
+    if not isinstance(rows, QuantisedRows):
+        return rows
+    memory = host_empty(static_bytes(rows.shape, plain(dtype)))
+    plain_ = memory.view(dtype).view(rows.shape)
+    for start in range(0, len(rows), WIDENED_ROWS):
+        some = slice(start, start + WIDENED_ROWS)
+        plain_[some] = rows[some].widened()
+    return plain_
 
 
 def static_bytes(shape: Sequence[int], format: Format) -> int:

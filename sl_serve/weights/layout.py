@@ -79,12 +79,33 @@ class LayerLayout:
         self._formats = formats or {}
         tables = [list(self._segments(i)) for i in range(n_layers if formats else 1)]
         self._tables = tables
-        end = max(table[-1].offset_bytes + table[-1].size_bytes for table in tables)
-        self.image_bytes = -(-end // IMAGE_ALIGNMENT_BYTES) * IMAGE_ALIGNMENT_BYTES
+        plain_format = plain(dtype)
+        self._are_plain = [all(s.format == plain_format for s in table) for table in tables]
+        self.image_bytes = max(self.stored_bytes(i) for i in range(len(tables)))
 
     def segments(self, layer: int) -> list[Segment]:
         """In the order of the image."""
         return self._tables[layer % len(self._tables)]
+
+    def stored_bytes(self, layer: int) -> int:
+        """How much of an image the layer fills, in whole alignments: what crosses the link."""
+        last = self.segments(layer)[-1]
+        end = last.offset_bytes + last.size_bytes
+        return -(-end // IMAGE_ALIGNMENT_BYTES) * IMAGE_ALIGNMENT_BYTES
+
+    def is_plain(self, layer: int) -> bool:
+        """Whether all of it lies there in `dtype`."""
+        return self._are_plain[layer % len(self._are_plain)]
+
+    @property
+    def expanded(self) -> LayerLayout:
+        """Of any layer, all of it in `dtype`."""
+        return LayerLayout(self.params, self.dtype)
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Of an expanded image; 0 where no layer needs one."""
+        return 0 if all(self._are_plain) else self.expanded.image_bytes
 
     def views(self, image: torch.Tensor, layer: int) -> dict[str, Weight]:
         """Named weights over an image's bytes (uint8). Made once per image, never in a step."""

@@ -14,13 +14,12 @@ import torch
 
 from sl_serve.device import Device, Event, Stream
 from sl_serve.host_memory import host_empty
+from sl_serve.weights.expander import Expander
 from sl_serve.weights.layout import LayerLayout, LayerWeights
 from sl_serve.weights.store import LayerStore
 
 
 class WeightSource(Protocol):
-    layer_bytes: int
-
     def acquire(self) -> LayerWeights:
         """The next layer, ready to be computed with."""
 
@@ -32,7 +31,7 @@ class WeightSource(Protocol):
         """The acquired layer has been computed with for this step."""
 
     def buffer(self) -> torch.Tensor:
-        """The memory of the acquired layer."""
+        """The memory that the acquired layer is read from."""
 
     @property
     def n_bytes_moved(self) -> int:
@@ -43,7 +42,6 @@ class InPlaceWeights:
     """Layers used where they lie: in host memory, or in the disk tier's ring."""
 
     def __init__(self, store: LayerStore) -> None:
-        self.layer_bytes = store.layout.image_bytes
         self._store = store
         # By address and layer: images are few, and so are slots.
         self._views: dict[tuple[int, int], LayerWeights] = {}
@@ -71,7 +69,7 @@ class InPlaceWeights:
 
     @property
     def n_bytes_moved(self) -> int:
-        return self._n_acquired * self.layer_bytes
+        return self._n_acquired * self._store.layout.image_bytes
 
 
 class StreamedWeights:
@@ -85,6 +83,11 @@ class StreamedWeights:
     follows in as many shares as there are cells until u + 1, resident layers included, so that KV
     copies queued between them never wait for a whole layer. With look_ahead 0 a unit is queued
     when it is acquired: the serial twin.
+
+    A layer that is stored in blocks is expanded when it is acquired, and that is the last
+    computation to read its slot: with look-ahead the slot is released there, before the layer's
+    cells. Layers that stay on the device stay as stored too, and are expanded in every step: as
+    many more of them fit, and a byte that crosses the link costs more than some read here.
     """
 
     def __init__(
@@ -93,21 +96,24 @@ class StreamedWeights:
         store: LayerStore,
         look_ahead: int,
         resident: Mapping[int, torch.Tensor] | None = None,
+        expander: Expander | None = None,
     ) -> None:
-        """`store` has the streamed layers, `resident` the images of the others."""
-        self.layer_bytes = store.layout.image_bytes
+        """`store` has the streamed layers, `resident` the images of the others; `expander` is
+        needed if any of them is not plain."""
         self.look_ahead = look_ahead
         self._device = device
         self._store = store
+        self._expander = expander
+        self._layout = layout = store.layout
         self._resident = dict(resident or {})
-        self._resident_views = {i: store.layout.views(m, i) for i, m in self._resident.items()}
+        self._resident_views = {i: layout.views(m, i) for i, m in self._resident.items()}
         n_layers = store.n_layers + len(self._resident)
         self._streamed = [i for i in range(n_layers) if i not in self._resident]
         self._phases = [_phase(i, self._streamed, n_layers) for i in range(n_layers)]
         n_slots = look_ahead + 1 if self._streamed else 0
-        self._slots = [device.empty(self.layer_bytes) for _ in range(n_slots)]
-        # Any layer comes into any slot: on a device all are laid out alike.
-        self._views = [store.layout.views(slot, 0) for slot in self._slots]
+        self._slots = [device.empty(layout.image_bytes) for _ in range(n_slots)]
+        # Any layer comes into any slot.
+        self._views = [{i: layout.views(s, i) for i in self._streamed} for s in self._slots]
         self._released: list[Event | None] = [None] * n_slots
         self._loaded: list[Event | None] = [None] * n_slots
         self._layer = -1  # the acquired one
@@ -115,51 +121,72 @@ class StreamedWeights:
         self._filling = 0  # the unit whose copy is being queued
         self._filled_bytes = 0  # how much of it is
         self._image: torch.Tensor | None = None  # what it is copied from
+        self.n_bytes_moved = 0
 
     def acquire(self) -> LayerWeights:
-        self._layer = (self._layer + 1) % len(self._phases)
-        if self._layer in self._resident:
-            return self._resident_views[self._layer]
+        self._layer = layer = (self._layer + 1) % len(self._phases)
+        if layer in self._resident:
+            return self._ready(self._resident_views[layer], self._resident[layer])
         self._unit += 1
+        self.n_bytes_moved += self._layout.stored_bytes(layer)
         self._queue_until(self._unit + 1, 0)
         slot = self._slot(self._unit)
         loaded = self._loaded[slot]
         assert loaded is not None
         self._device.wait(Stream.COMPUTE, loaded)
-        return self._views[slot]
+        weights = self._ready(self._views[slot][layer], self._slots[slot])
+        if self._leaves_its_slot_at_once:
+            self._released[slot] = self._device.record(Stream.COMPUTE)
+        return weights
 
     def advance(self, part: int, n_parts: int) -> None:
         if self.look_ahead and self._streamed:
             n_before, n_layers = self._phases[self._layer]
             n_cells = n_before * n_parts + part + 1
-            share = self.layer_bytes * n_cells // (n_layers * n_parts)
-            self._queue_until(self._unit + self.look_ahead, share)
+            unit = self._unit + self.look_ahead
+            share = self._unit_bytes(unit) * n_cells // (n_layers * n_parts)
+            self._queue_until(unit, share)
 
     def release(self) -> None:
-        if self._layer not in self._resident:
+        if self._layer not in self._resident and not self._leaves_its_slot_at_once:
             self._released[self._slot(self._unit)] = self._device.record(Stream.COMPUTE)
 
     def buffer(self) -> torch.Tensor:
+        if self._expander is not None and not self._layout.is_plain(self._layer):
+            return self._expander.buffer
         if self._layer in self._resident:
             return self._resident[self._layer]
         return self._slots[self._slot(self._unit)]
 
     @property
-    def n_bytes_moved(self) -> int:
-        return (self._unit + 1) * self.layer_bytes
-
-    @property
     def n_bytes_ahead(self) -> int:
         """Bytes queued beyond the acquired unit."""
-        return (self._filling - self._unit - 1) * self.layer_bytes + self._filled_bytes
+        whole = range(self._unit + 1, self._filling)
+        return sum(map(self._unit_bytes, whole)) + self._filled_bytes
+
+    @property
+    def _leaves_its_slot_at_once(self) -> bool:
+        """Not in the serial twin, where nothing is to come down beside the arithmetic."""
+        return self.look_ahead > 0 and not self._layout.is_plain(self._layer)
+
+    def _ready(self, weights: LayerWeights, image: torch.Tensor) -> LayerWeights:
+        """The acquired layer, which lies in `image`, in the compute dtype."""
+        if self._layout.is_plain(self._layer):
+            return weights
+        assert self._expander is not None
+        stored = image[: self._layout.stored_bytes(self._layer)]
+        return self._expander.expand(weights, stored)
 
     def _slot(self, unit: int) -> int:
         return unit % len(self._slots)
 
+    def _unit_bytes(self, unit: int) -> int:
+        return self._layout.stored_bytes(self._streamed[unit % len(self._streamed)])
+
     def _queue_until(self, unit: int, n_bytes: int) -> None:
         """Queue all units before `unit`, and the first n_bytes of it."""
         while self._filling < unit:
-            self._queue_to(self.layer_bytes)
+            self._queue_to(self._unit_bytes(self._filling))
         if self._filling == unit:
             self._queue_to(n_bytes)
 
@@ -178,7 +205,7 @@ class StreamedWeights:
         share = slice(self._filled_bytes, end_bytes)
         self._device.copy(Stream.LOAD, self._slots[slot][share], self._image[share], "weights")
         self._filled_bytes = end_bytes
-        if end_bytes == self.layer_bytes:
+        if end_bytes == self._unit_bytes(self._filling):
             self._loaded[slot] = loaded = self._device.record(Stream.LOAD)
             self._store.release(layer, partial(self._device.synchronize, loaded))
             self._filling += 1
@@ -219,8 +246,10 @@ def weight_source(
     store: LayerStore,
     look_ahead: int,
     resident: Mapping[int, torch.Tensor] | None = None,
+    expander: Expander | None = None,
 ) -> WeightSource:
-    """`resident`: images on the device of layers that `store` does not have."""
+    """`resident`: images on the device of layers that `store` does not have. `expander`: for
+    layers that a device gets as stored."""
     if device.in_place:
         return InPlaceWeights(store)
-    return StreamedWeights(device, store, look_ahead, resident)
+    return StreamedWeights(device, store, look_ahead, resident, expander)

@@ -12,7 +12,6 @@ import torch
 from tokenizers import pre_tokenizers
 
 from sl_serve import loader
-from sl_serve.config import EngineConfig
 from sl_serve.core import SamplingParams
 from sl_serve.device import SimDevice
 from sl_serve.loader import Parts, plan_checkpoint
@@ -21,7 +20,7 @@ from sl_serve.plan.memory import MemoryPlan
 from sl_serve.plan.model_reader import read_sizes, stored_formats
 from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.layout import ALIGNMENT_BYTES, IMAGE_ALIGNMENT_BYTES
-from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight
+from sl_serve.weights.quantised import QuantisedWeight
 from tests.engine.running import GREEDY, config, engine, random_prompts, requests_for, run
 from tests.weights.blocks import Kind
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
@@ -80,9 +79,11 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def expected(path: Path) -> list[list[int]]:
-    """Of the simulated device, which computes with dequantised weights."""
-    with engine(path, config(max_rows=6), SimDevice()) as running:
-        return run(running, PROMPTS, SHORT)
+    """Of weights that are dequantised while loading."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "stored_formats", lambda *_, **__: {})
+        with engine(path, config(max_rows=6), SimDevice()) as running:
+            return run(running, PROMPTS, SHORT)
 
 
 @pytest.mark.parametrize(("native", "max_rows"), [(True, 1), (True, 6), (False, 6)])
@@ -173,20 +174,6 @@ def test_layers_on_disk_are_spooled_as_they_are(
         assert found[0].store.n_disk_bytes_read % image_bytes == 0
         assert found[0].store.n_disk_bytes_read >= n_disk_layers * image_bytes
         assert len(found[0].store.host_images) == N_LAYERS - n_disk_layers
-
-
-def test_other_numbers_are_computed_with_on_a_device(path: Path) -> None:
-    """There weights are what is computed with, whatever the file has."""
-    checkpoint = open_checkpoint(path)
-    plan = plan_checkpoint(checkpoint, EngineConfig(device="sim"))
-    parts = loader.load(checkpoint, replace(config(max_rows=1), device="sim"), device=SimDevice())
-    views = parts.store.layout.views(parts.store.host_images[0], 0)
-    assert all(tensor.dtype == torch.float32 for tensor in views.values())
-    assert not isinstance(parts.sweep.static["head"], QuantisedRows)
-    n_elements = sum(tensor.numel() for tensor in views.values())
-    assert plan.weights_bytes >= N_LAYERS * 4 * n_elements
-    parts.close()
-    checkpoint.close()
 
 
 def test_a_format_nobody_widens_is_dequantised_while_loading(tmp_path: Path) -> None:

@@ -180,8 +180,9 @@ class OneSlotTooFew(StreamedWeights):
 class ForgetsLoaded(StreamedWeights):
     def acquire(self) -> LayerWeights:
         self._unit += 1
+        self._layer = self._unit % N_LAYERS
         self._queue_until(self._unit + 1, 0)
-        return self._views[self._slot(self._unit)]
+        return self._views[self._slot(self._unit)][self._layer]
 
 
 class ForgetsReleased(StreamedWeights):
