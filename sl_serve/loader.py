@@ -40,6 +40,7 @@ from sl_serve.weights.head import FileHead, HeadWeight, ResidentHead
 from sl_serve.weights.host import check_checkpoint, load_image, load_static, static_bytes
 from sl_serve.weights.layout import LayerLayout, LayerWeights
 from sl_serve.weights.quantised import QuantisedRows
+from sl_serve.weights.requantised import with_weights
 from sl_serve.weights.store import LayerStore
 from sl_serve.weights.streamer import load_resident, weight_source
 from sl_serve.weights.tiers import OnLayer, open_store, served_by_files, spread
@@ -85,6 +86,7 @@ def load(
     `device` overrides the one that `config` names, for simulations with a profile of their own.
     """
     model = _Model.of(checkpoint, config)
+    checkpoint = model.checkpoint
     plan = model.plan()
     on_plan(plan)
     n_threads = config.n_threads or torch.get_num_threads()
@@ -159,6 +161,7 @@ class _Model:
     def of(cls, checkpoint: Checkpoint, config: EngineConfig) -> _Model:
         """Raises CheckpointError before any weight is read if one is missing or misshapen."""
         settings = checkpoint.config
+        checkpoint = with_weights(checkpoint, config.weights)
         family = load_family(settings.family)
         params, static = family.layer_params(settings), family.static_tensors(settings)
         check_checkpoint(checkpoint, params, dict(static.values()))
