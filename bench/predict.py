@@ -23,6 +23,7 @@ from sl_serve.plan.probe_compute import Shapes
 from sl_serve.plan.profiles import PROFILES
 from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.dummy import open_dummy
+from sl_serve.weights.requantised import with_weights
 
 
 class Published(NamedTuple):
@@ -46,7 +47,7 @@ MANY_BATCHES = 8  # a longer job: rows are recycled, prefill and decode mix
 
 def predict_case(case: Case, model: Path, job: Job, say: Say) -> dict[str, Any]:
     """Probe, predict the engine's own plan, then run; JSON-ready."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = with_weights(open_checkpoint(model), case.engine.weights)
     try:
         stored, settings = torch_dtype(stored_dtype(checkpoint)), checkpoint.config
         formats = stored_formats(checkpoint)

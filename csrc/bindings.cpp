@@ -132,7 +132,22 @@ NB_MODULE(_native, m) {
       .value("q8_0", Dtype::q8_0)
       .value("q4_k", Dtype::q4_k)
       .value("q5_k", Dtype::q5_k)
-      .value("q6_k", Dtype::q6_k);
+      .value("q6_k", Dtype::q6_k)
+      .value("int4_g32", Dtype::int4_g32)
+      .value("int4_g64", Dtype::int4_g64)
+      .value("int4_g128", Dtype::int4_g128)
+      .value("int4_g32_sym", Dtype::int4_g32_sym)
+      .value("int4_g64_sym", Dtype::int4_g64_sym)
+      .value("int4_g128_sym", Dtype::int4_g128_sym)
+      .value("int8_g32", Dtype::int8_g32)
+      .value("int8_g64", Dtype::int8_g64)
+      .value("int8_g128", Dtype::int8_g128)
+      .value("int8_g32_sym", Dtype::int8_g32_sym)
+      .value("int8_g64_sym", Dtype::int8_g64_sym)
+      .value("int8_g128_sym", Dtype::int8_g128_sym)
+      .value("fp8_g32", Dtype::fp8_g32)
+      .value("fp8_g64", Dtype::fp8_g64)
+      .value("fp8_g128", Dtype::fp8_g128);
   using Release = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<Core>(m, "Core")
       .def(nb::init<const std::string&, int>())

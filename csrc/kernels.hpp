@@ -34,7 +34,10 @@ struct AttentionArgs {
 
 // The numbers of a weight; arithmetic is in float32, which holds each of them exactly.
 enum class Dtype {
-  float32, bfloat16, float16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k
+  float32, bfloat16, float16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k,
+  int4_g32, int4_g64, int4_g128, int4_g32_sym, int4_g64_sym, int4_g128_sym,
+  int8_g32, int8_g64, int8_g128, int8_g32_sym, int8_g64_sym, int8_g128_sym,
+  fp8_g32, fp8_g64, fp8_g128
 };
 struct bf16 {
   uint16_t bits;
@@ -83,6 +86,20 @@ struct q6_k {
   uint8_t qh[64];   // upper two
   int8_t scales[16];
   f16 d;
+};
+
+// Groups of integers that share a scale, sl_serve/weights/groups.py: a number is d * q, or with a
+// zero d * q - d * zero, which is exact. Signed bytes, and half bytes in parts of 32: 16 lower ones,
+// then 16 upper ones, 0 to 15, or without a zero 8 more than what they stand for.
+template <int kBits, int kGroup, bool kZero> struct ints {
+  uint8_t head[4];  // d as a float; with a zero, that is its last byte, a signed one
+  uint8_t qs[kGroup * kBits / 8];
+};
+
+// Groups of e4m3fn numbers (OCP 8-bit floating point) that share a scale.
+template <int kGroup> struct fp8 {
+  uint8_t head[4];  // d as a float
+  uint8_t qs[kGroup];
 };
 
 // c (m, n) = a (m, k) b^T, or c += a b^T; b is (n, k), as checkpoints have it. Strides in elements,

@@ -58,6 +58,16 @@ Load = Annotated[
         "dummy: random weights; MODEL is a folder with config.json, or a name like opt-30b.",
     ),
 ]
+Weights = Annotated[
+    str,
+    _option(
+        MEMORY,
+        "--weights",
+        "Matrices in memory. auto: as the files have them; bf16, fp8, int8, int4: made while "
+        "loading, by groups of 64 (fp8: 128), or by others: int4_g128, int8_g32_sym, ...",
+        metavar="[auto|bf16|fp8|int8|int4|...]",
+    ),
+]
 KvMemory = Annotated[
     str | None,
     _option(MEMORY, "--kv-memory", "KV cache, like 8GiB. Default: a share of what is free."),
@@ -211,6 +221,7 @@ def engine_config(
     device: DeviceName,
     dtype: DTypeName | None,
     load_format: LoadFormat,
+    weights: str,
     kv_memory: str | None,
     host_memory: str | None,
     device_memory: str | None,
@@ -228,6 +239,7 @@ def engine_config(
         device=device,
         dtype=dtype or ("bfloat16" if device == "cuda" else "float32"),
         load_format=load_format,
+        weights=weights,
         max_model_len=max_model_len,
         kv_memory_bytes=None if kv_memory is None else parse_size(kv_memory),
         host_memory_bytes=None if host_memory is None else parse_size(host_memory),

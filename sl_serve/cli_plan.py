@@ -39,6 +39,7 @@ def plan(
     host_memory: o.HostMemory = None,
     disk_dir: o.MeasuredDir = None,
     load_format: o.Load = "auto",
+    weights: o.Weights = "auto",
     threads: o.Threads = None,
     as_json: o.ReportJson = False,
 ) -> None:
@@ -56,7 +57,7 @@ def plan(
     from sl_serve.plan.report import plan_dict, plan_view
     from sl_serve.plan.what_if import what_helps
 
-    with _opened(model, load_format) as checkpoint:
+    with _opened(model, load_format, weights) as checkpoint:
         settings, stored = checkpoint.config, stored_dtype(checkpoint)
         folder = measurable_folder(disk_dir, checkpoint.path)
         hardware = _profile(profile) if profile else _measured(checkpoint, folder, threads)
@@ -93,15 +94,16 @@ def doctor(disk_dir: o.MeasuredDir = None, as_json: o.ReportJson = False) -> Non
 
 
 @contextmanager
-def _opened(model: str, load_format: Any) -> Iterator[Checkpoint]:
+def _opened(model: str, load_format: Any, weights: str) -> Iterator[Checkpoint]:
     """Headers only. The name of a built-in shape needs no --load-format."""
     from sl_serve.llm import open_model
+    from sl_serve.weights.requantised import with_weights
     from sl_serve.weights.shapes import SHAPES
 
     is_shape = model in SHAPES and not os.path.exists(model)
     checkpoint = open_model(model, "dummy" if is_shape else load_format)
     try:
-        yield checkpoint
+        yield with_weights(checkpoint, weights)
     finally:
         checkpoint.close()
 

@@ -90,6 +90,7 @@ class EngineConfig:
     device_memory_bytes: int | None = None  # None: what is free on the device
     disk_dir: str | None = None  # for layers that the checkpoint's own files cannot serve
     load_format: LoadFormat = "auto"
+    weights: str = "auto"  # as the checkpoint has them; or a word of `with_weights`
     n_threads: int | None = None
     native: bool = True  # False: the pure-torch twins even where the native core is built
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

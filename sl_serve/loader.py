@@ -48,6 +48,7 @@ from sl_serve.weights.host import (
 )
 from sl_serve.weights.layout import LayerLayout, LayerWeights
 from sl_serve.weights.quantised import QuantisedRows, Rows
+from sl_serve.weights.requantised import with_weights
 from sl_serve.weights.store import LayerStore
 from sl_serve.weights.streamer import load_resident, weight_source
 from sl_serve.weights.tiers import OnLayer, open_store, served_by_files, spread
@@ -93,6 +94,7 @@ def load(
     `device` overrides the one that `config` names, for simulations with a profile of their own.
     """
     model, plan = _Model.planned(checkpoint, config)
+    checkpoint = model.checkpoint
     on_plan(plan)
     n_threads = config.n_threads or torch.get_num_threads()
     torch.set_num_threads(n_threads)
@@ -163,6 +165,7 @@ class _Model:
     def of(cls, checkpoint: Checkpoint, config: EngineConfig) -> _Model:
         """Raises CheckpointError before any weight is read if one is missing or misshapen."""
         settings = checkpoint.config
+        checkpoint = with_weights(checkpoint, config.weights)
         family = load_family(settings.family)
         params, static = family.layer_params(settings), family.static_tensors(settings)
         check_checkpoint(checkpoint, params, dict(static.values()))

@@ -1,0 +1,109 @@
+"""Rows in groups of numbers that share a scale: integers of 4 or 8 bits, and 8-bit floats.
+
+A block is one group: four bytes of header, then the numbers. The header is the scale, a float32;
+where integers have a zero of their own, its last 8 bits are that zero, signed, and the scale has
+the other 24. So scales that files have as float16 or bfloat16 are kept to the last bit, and
+`scale * (number - zero)` is exact in float32 for every scale of 16 significant bits or fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+
+from sl_serve.weights.formats import Format
+
+HEADER_BYTES = 4
+GROUPS = (128, 64, 32)  # numbers in a group; a kernel takes 32 at a time
+Kind = Literal["int4", "int4_sym", "int8", "int8_sym", "fp8"]
+
+
+class Grouped(NamedTuple):
+    """A matrix (out, in) in groups along its inputs, before it is packed."""
+
+    # uint8 (out, in): of 4 bits 0 to 15, of 8 bits int8's bytes, of fp8 float8_e4m3fn's.
+    numbers: torch.Tensor
+    scales: torch.Tensor  # float32 (out, n_groups)
+    # int8 (out, n_groups). Without: 8 for those of 4 bits, 0 for those of 8
+    zeros: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFormat:
+    kind: Kind
+    group: int
+    format: Format
+
+    @property
+    def n_bits(self) -> int:
+        return 4 if self.kind.startswith("int4") else 8
+
+    @property
+    def has_zeros(self) -> bool:
+        return self.kind in ("int4", "int8")
+
+    def pack(self, rows: Grouped) -> torch.Tensor:
+        """uint8 (out, row_bytes)."""
+        n_out, n_in = rows.numbers.shape
+        blocks = torch.empty(n_out, n_in // self.group, self.format.block_bytes, dtype=torch.uint8)
+        heads = rows.scales.contiguous().view(torch.int32)
+        if self.has_zeros:
+            assert rows.zeros is not None
+            heads = (heads & ~0xFF) | (rows.zeros.to(torch.int32) & 0xFF)
+        blocks[..., :HEADER_BYTES] = heads[..., None].view(torch.uint8)
+        numbers = rows.numbers.view(n_out, n_in // self.group, self.group)
+        if self.n_bits == 4:
+            parts = numbers.view(n_out, -1, self.group // 32, 2, 16)
+            numbers = (parts[..., 0, :] | parts[..., 1, :] << 4).flatten(2)
+        blocks[..., HEADER_BYTES:] = numbers
+        return blocks.view(n_out, -1)
+
+
+def keeps_scales(scales: torch.Tensor) -> bool:
+    """Whether a header with a zero holds them exactly."""
+    return not bool((scales.float().contiguous().view(torch.int32) & 0xFF).any())
+
+
+def _widen(n_bits: int, has_zeros: bool, blocks: torch.Tensor) -> torch.Tensor:
+    heads, packed = blocks[:, :HEADER_BYTES].contiguous(), blocks[:, HEADER_BYTES:]
+    if n_bits == 4:
+        parts = packed.reshape(len(blocks), -1, 1, 16)
+        packed = torch.cat([parts & 15, parts >> 4], dim=2).flatten(1)
+        numbers = packed.float() if has_zeros else packed.float() - 8
+    else:
+        numbers = packed.view(torch.int8).float()
+    if not has_zeros:
+        return numbers * heads.view(torch.float32)
+    scales = (heads.view(torch.int32) & ~0xFF).view(torch.float32)
+    return numbers * scales - scales * heads[:, :1].view(torch.int8).float()
+
+
+def _widen_fp8(blocks: torch.Tensor) -> torch.Tensor:
+    scales = blocks[:, :HEADER_BYTES].contiguous().view(torch.float32)
+    return blocks[:, HEADER_BYTES:].view(torch.float8_e4m3fn).float() * scales
+
+
+def _group_format(kind: Kind, group: int) -> GroupFormat:
+    bits, _, sym = kind.partition("_")
+    name = f"{bits}_g{group}" + (f"_{sym}" if sym else "")
+    n_bits = 4 if bits == "int4" else 8
+    widen = _widen_fp8 if kind == "fp8" else partial(_widen, n_bits, not sym)
+    block_bytes = HEADER_BYTES + group * n_bits // 8
+    return GroupFormat(kind, group, Format(name, group, block_bytes, widen))
+
+
+_KINDS: tuple[Kind, ...] = ("int4", "int4_sym", "int8", "int8_sym", "fp8")
+GROUP_FORMATS = {g.format.name: g for g in (_group_format(k, n) for k in _KINDS for n in GROUPS)}
+
+
+def group_format(kind: Kind, n_in: int, largest: int) -> GroupFormat | None:
+    """That of the largest group, up to `largest`, that divides rows of `n_in`, or None."""
+    fitting = [
+        g
+        for g in GROUP_FORMATS.values()
+        if g.kind == kind and g.group <= largest and n_in % g.group == 0
+    ]
+    return max(fitting, key=lambda g: g.group, default=None)
