@@ -13,6 +13,7 @@ import torch
 from sl_serve.config import DTypeName, EngineConfig
 from sl_serve.device import Device, device_budget_bytes, open_device
 from sl_serve.kv.access import InPlaceKV, KVAccess
+from sl_serve.kv.attention import DeviceAttention
 from sl_serve.kv.host import HostKV
 from sl_serve.kv.resident import ResidentKV, TieredKV
 from sl_serve.kv.windows import WindowedKV
@@ -65,6 +66,7 @@ class Parts:
         self.store.close()
         self.head.close()
         self.sweep.embedding.close()
+        self.sweep.attention.close()
         self.sweep.device.close()
 
 
@@ -123,7 +125,7 @@ def load(
         static=static,
         embedding=model.embedding(plan, host_static),
         weights=weight_source(device, store, plan.look_ahead, resident),
-        kv=_kv_access(plan, device, ops, torch_dtype(config.dtype)),
+        attention=DeviceAttention(ops, _kv_access(plan, device, ops, torch_dtype(config.dtype))),
     )
     release_workers()  # from here on the engine's thread computes
     return Parts(

@@ -29,10 +29,10 @@ class WeightSource(Protocol):
         next."""
 
     def release(self) -> None:
-        """The acquired layer has been computed with for this step."""
+        """The layer acquired first, of those not released, has been computed with for this step."""
 
     def buffer(self) -> torch.Tensor:
-        """The memory of the acquired layer."""
+        """The memory of the layer acquired last."""
 
     @property
     def n_bytes_moved(self) -> int:
@@ -115,6 +115,8 @@ class StreamedWeights:
         self._filling = 0  # the unit whose copy is being queued
         self._filled_bytes = 0  # how much of it is
         self._image: torch.Tensor | None = None  # what it is copied from
+        self._n_layers_released = 0
+        self._n_units_released = 0
 
     def acquire(self) -> LayerWeights:
         self._layer = (self._layer + 1) % len(self._phases)
@@ -136,8 +138,12 @@ class StreamedWeights:
             self._queue_until(self._unit + self.look_ahead, share)
 
     def release(self) -> None:
-        if self._layer not in self._resident:
-            self._released[self._slot(self._unit)] = self._device.record(Stream.COMPUTE)
+        layer = self._n_layers_released % len(self._phases)
+        self._n_layers_released += 1
+        if layer not in self._resident:
+            slot = self._slot(self._n_units_released)
+            self._released[slot] = self._device.record(Stream.COMPUTE)
+            self._n_units_released += 1
 
     def buffer(self) -> torch.Tensor:
         if self._layer in self._resident:
