@@ -64,6 +64,10 @@ class Device(Protocol):
     def computed(self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "") -> None:
         """Tell that arithmetic reading these buffers was queued on the compute stream."""
 
+    def host_read(self, after: Event, n_bytes: int, name: str = "") -> Event:
+        """Tell that the processor waited for `after`, and for its own earlier work, and has since
+        read n_bytes of host memory. The point when it was done."""
+
     def stall_s(self) -> float:
         """Seconds the compute stream has waited for copies since the last call; 0 where that is
         not measured."""

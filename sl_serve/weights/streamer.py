@@ -75,8 +75,8 @@ class InPlaceWeights:
 
 
 class StreamedWeights:
-    """A ring of look_ahead + 1 device slots filled from a store, beside layers that stay on the
-    device; units are counted without those.
+    """A ring of look_ahead + 1 device slots, or more, filled from a store, beside layers that stay
+    on the device; units are counted without those.
 
     Order. Unit u lives in slot u mod n_slots. Its copy waits on the load stream for `released`
     of that slot, the event after the last computation that read unit u - n_slots; computation
@@ -93,8 +93,10 @@ class StreamedWeights:
         store: LayerStore,
         look_ahead: int,
         resident: Mapping[int, torch.Tensor] | None = None,
+        n_slots: int | None = None,
     ) -> None:
-        """`store` has the streamed layers, `resident` the images of the others."""
+        """`store` has the streamed layers, `resident` the images of the others. `n_slots`: one more
+        where a layer is acquired before the last one is released."""
         self.layer_bytes = store.layout.image_bytes
         self.look_ahead = look_ahead
         self._device = device
@@ -104,7 +106,7 @@ class StreamedWeights:
         n_layers = store.n_layers + len(self._resident)
         self._streamed = [i for i in range(n_layers) if i not in self._resident]
         self._phases = [_phase(i, self._streamed, n_layers) for i in range(n_layers)]
-        n_slots = look_ahead + 1 if self._streamed else 0
+        n_slots = (n_slots or look_ahead + 1) if self._streamed else 0
         self._slots = [device.empty(self.layer_bytes) for _ in range(n_slots)]
         # Any layer comes into any slot: on a device all are laid out alike.
         self._views = [store.layout.views(slot, 0) for slot in self._slots]
@@ -225,8 +227,9 @@ def weight_source(
     store: LayerStore,
     look_ahead: int,
     resident: Mapping[int, torch.Tensor] | None = None,
+    n_slots: int | None = None,
 ) -> WeightSource:
     """`resident`: images on the device of layers that `store` does not have."""
     if device.in_place:
         return InPlaceWeights(store)
-    return StreamedWeights(device, store, look_ahead, resident)
+    return StreamedWeights(device, store, look_ahead, resident, n_slots)
