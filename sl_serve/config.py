@@ -7,6 +7,8 @@ from typing import Literal
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 DeviceName = Literal["cpu", "cuda", "sim"]
+# Where KV in host memory is attended to. auto: the device, or what the planner found to be faster.
+AttentionPlacement = Literal["auto", "device", "host"]
 LoadFormat = Literal["auto", "dummy"]  # as the model's files are, or random weights of its shape
 
 
@@ -91,7 +93,13 @@ class EngineConfig:
     disk_dir: str | None = None  # for layers that the checkpoint's own files cannot serve
     load_format: LoadFormat = "auto"
     weights: str = "auto"  # as the checkpoint has them; or a word of `with_weights`
+    attention: AttentionPlacement = "auto"
     n_threads: int | None = None
     native: bool = True  # False: the pure-torch twins even where the native core is built
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     queue: QueueConfig = field(default_factory=QueueConfig)
+
+    @property
+    def host_attends(self) -> bool:
+        """Beside a device: the processor attends to KV in host memory."""
+        return self.attention == "host" and self.device != "cpu"

@@ -14,8 +14,11 @@ from sl_serve.config import DTypeName, EngineConfig
 from sl_serve.device import Device, device_budget_bytes, open_device
 from sl_serve.errors import MemoryBudgetError
 from sl_serve.kv.access import InPlaceKV, KVAccess
+from sl_serve.kv.attention import Attention, DeviceAttention
 from sl_serve.kv.host import HostKV
-from sl_serve.kv.resident import ResidentKV, TieredKV
+from sl_serve.kv.host_attention import HostAttention
+from sl_serve.kv.resident import ResidentAccess, ResidentKV, TieredKV
+from sl_serve.kv.split_attention import SplitAttention
 from sl_serve.kv.windows import WindowedKV
 from sl_serve.logits import Head
 from sl_serve.models import Family, StaticTensors, load_family
@@ -25,7 +28,12 @@ from sl_serve.plan.budget import host_budget_bytes
 from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.memory import MemoryPlan, WeightSizes
 from sl_serve.plan.model_reader import stored_dtype, stored_formats, torch_dtype
-from sl_serve.plan.step_memory import logits_lines, n_ring_slots
+from sl_serve.plan.step_memory import (
+    logits_lines,
+    n_layer_slots,
+    n_layers_in_use,
+    n_ring_slots,
+)
 from sl_serve.sched.residents import Residents
 from sl_serve.step import Sweep
 from sl_serve.weights.checkpoint import Checkpoint
@@ -74,6 +82,7 @@ class Parts:
         self.store.close()
         self.head.close()
         self.sweep.embedding.close()
+        self.sweep.attention.close()
         self.sweep.device.close()
 
 
@@ -127,9 +136,14 @@ def load(
         static=static,
         embedding=model.embedding(plan, host_static),
         weights=weight_source(
-            device, store, plan.look_ahead, resident, _expander(device, ops, model.layout)
+            device,
+            store,
+            plan.look_ahead,
+            resident,
+            _expander(device, ops, model.layout, plan),
+            n_layer_slots(plan.look_ahead, plan.host_attends),
         ),
-        kv=_kv_access(plan, device, ops, torch_dtype(config.dtype)),
+        attention=_attention(model, plan, device, ops, n_threads),
     )
     release_workers()  # from here on the engine's thread computes
     return Parts(
@@ -293,13 +307,23 @@ def _static_on(device: Device, host_static: Mapping[str, Rows], dtype: torch.dty
     return {name: device.upload(plain_rows(host_static[name], dtype)) for name in names}
 
 
-def _expander(device: Device, ops: Ops, layout: LayerLayout) -> Expander | None:
+def _expander(device: Device, ops: Ops, layout: LayerLayout, plan: MemoryPlan) -> Expander | None:
     needed = layout.expanded_bytes > 0 and not device.in_place
-    return Expander(device, ops, layout) if needed else None
+    n_layers = n_layers_in_use(plan.look_ahead, plan.host_attends)
+    return Expander(device, ops, layout, n_layers) if needed else None
 
 
 def _widens(config: EngineConfig) -> bool:
     return config.device == "cpu" and config.dtype == "float32"
+
+
+def _attention(
+    model: _Model, plan: MemoryPlan, device: Device, ops: Ops, n_threads: int
+) -> Attention:
+    if plan.host_attends:
+        n_heads = model.checkpoint.config.n_heads
+        return _host_attention(plan, device, ops, model.config, n_heads, n_threads)
+    return DeviceAttention(ops, _kv_access(plan, device, ops, torch_dtype(model.config.dtype)))
 
 
 def _kv_access(plan: MemoryPlan, device: Device, ops: Ops, dtype: torch.dtype) -> KVAccess:
@@ -311,8 +335,26 @@ def _kv_access(plan: MemoryPlan, device: Device, ops: Ops, dtype: torch.dtype) -
     )
     if not plan.n_device_chunks:
         return windows
-    resident = ResidentKV(device, ops, plan.kv, plan.n_device_chunks)
+    resident = ResidentKV(device, ops, plan.device_kv, plan.n_device_chunks)
     return TieredKV(device, resident, windows)
+
+
+def _host_attention(
+    plan: MemoryPlan, device: Device, ops: Ops, config: EngineConfig, n_heads: int, n_threads: int
+) -> Attention:
+    on_host = HostAttention(
+        device,
+        choose_ops("float32", n_threads, config.native),
+        HostKV(plan.kv, plan.n_chunks),
+        torch_dtype(config.dtype),
+        n_heads,
+        plan.max_step_tokens,
+        is_beside=plan.look_ahead > 0,
+    )
+    if not plan.n_device_chunks:
+        return on_host
+    resident = ResidentKV(device, ops, plan.device_kv, plan.n_device_chunks)
+    return SplitAttention(DeviceAttention(ops, ResidentAccess(device, resident)), on_host)
 
 
 def _head(model: _Model, sweep: Sweep, plan: MemoryPlan, weight: HeadWeight) -> Head:

@@ -1,29 +1,40 @@
 """One step: every layer once, every sub-batch through each. The heart of the engine.
 
-The double loop over layers and sub-batches is one sequence of cells. Before each cell its share
-of the next layer's weights and its successor's KV prefix are queued; after it its new K and V
-leave. With look-ahead 0 the same code is the serial twin.
+The double loop over layers and sub-batches is one sequence of cells, cut in halves at their
+attention (halves.py). Before each cell its share of the next layer's weights and its successor's
+KV prefix are queued; after it its new K and V leave. With look-ahead 0 the same code is the serial
+twin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.core import StepPlan, SubBatchPlan
 from sl_serve.device import Device
-from sl_serve.kv.access import KVAccess
+from sl_serve.halves import halves
+from sl_serve.kv.attention import Attention
 from sl_serve.kv.pool import Slab
-from sl_serve.models import Family, RopeTable
+from sl_serve.models import Block, Family, RopeTable, finish
 from sl_serve.models.rope import inverse_frequencies, rope_table
 from sl_serve.ops import Ops
 from sl_serve.stats import BytesMoved
 from sl_serve.weights.embedding import Embedding
 from sl_serve.weights.layout import LayerWeights
 from sl_serve.weights.streamer import WeightSource
+
+
+class _Cell(NamedTuple):
+    """Between its halves."""
+
+    block: Block
+    weights: torch.Tensor  # the memory that its second half reads
+    n_flops: float  # of that half
 
 
 @dataclass
@@ -37,7 +48,7 @@ class Sweep:
     static: LayerWeights  # what the family has outside its layers, on the device
     embedding: Embedding
     weights: WeightSource
-    kv: KVAccess
+    attention: Attention
 
     def __post_init__(self) -> None:
         rope = self.config.rope
@@ -50,37 +61,51 @@ class Sweep:
         token are in their slabs, or will be before the next step reads them."""
         sub_batches = plan.sub_batches
         n = len(sub_batches)
-        self.kv.begin(sub_batches, slabs)
+        is_beside = self.attention.begin(sub_batches, slabs)
         hidden = [self._embed(s) for s in sub_batches]
         ropes = [self._rope(s) for s in sub_batches]
-        for cell in range(self.config.n_layers * n):
-            part = cell % n
-            if part == 0:
-                layer = self.weights.acquire()
-            self.weights.advance(part, n)
-            self._compute(cell, layer, hidden[part], ropes[part])
-            if part == n - 1:
+        cells: dict[int, _Cell] = {}  # by sub-batch
+        for half in halves(self.config.n_layers, is_beside):
+            part, cell = half.part, half.layer * n + half.part
+            if half.is_first:
+                if part == 0:
+                    layer = self.weights.acquire()
+                self.weights.advance(part, n)
+                cells[part] = self._start(cell, layer, hidden[part], ropes[part], is_beside[part])
+            else:
+                self._finish(cell, cells.pop(part))
+            if half.ends_layer:
                 self.weights.release()
         return hidden
 
     @property
     def bytes_moved(self) -> BytesMoved:
-        return BytesMoved(self.weights.n_bytes_moved, self.kv.n_bytes_down, self.kv.n_bytes_up)
+        attention = self.attention
+        return BytesMoved(self.weights.n_bytes_moved, attention.n_bytes_down, attention.n_bytes_up)
 
-    def _compute(
-        self, cell: int, layer: LayerWeights, x: torch.Tensor, rope: RopeTable | None
-    ) -> None:
-        region, table = self.kv.open(cell)
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self.ops.append(region, table, k, v)
-            out = self.ops.attend(region, table, q, k.shape[1])
-            self.kv.close(cell, k, v)
-            return out
-
-        self.family.block(self.config, self.ops, layer, x, rope, attend)
+    def _start(
+        self,
+        cell: int,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        rope: RopeTable | None,
+        is_beside: bool,
+    ) -> _Cell:
+        """`is_beside`: its attention is not the device's, so the halves are told apart."""
+        memory = self.weights.buffer()
+        block = self.family.block(self.config, self.ops, layer, x, rope)
+        new = next(block)
         n_flops = 2.0 * len(x) * sum(w.numel() for w in layer.values())
-        self.device.computed(n_flops, (self.weights.buffer(),), "layer")
+        if is_beside:
+            n_before = 2.0 * len(x) * self.config.hidden_size * _qkv_size(self.config)
+            self.device.computed(n_before, (memory,), "projections")
+            n_flops -= n_before
+        self.attention.start(cell, *new)
+        return _Cell(block, memory, n_flops)
+
+    def _finish(self, cell: int, started: _Cell) -> None:
+        finish(started.block, self.attention.finish(cell))
+        self.device.computed(started.n_flops, (started.weights,), "layer")
 
     def _embed(self, plan: SubBatchPlan) -> torch.Tensor:
         ids = [i for w in plan.rows for i in w.request.token_ids(w.start, w.stop)]
@@ -99,3 +124,7 @@ class Sweep:
     def _positions(self, plan: SubBatchPlan) -> torch.Tensor:
         positions = torch.cat([torch.arange(w.start, w.stop) for w in plan.rows])
         return self.device.upload(positions)
+
+
+def _qkv_size(config: ModelConfig) -> int:
+    return config.q_size + 2 * config.kv_size

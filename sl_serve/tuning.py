@@ -10,6 +10,7 @@ import torch
 from sl_serve.config import EngineConfig, SchedulerConfig
 from sl_serve.device import device_budget_bytes
 from sl_serve.errors import MemoryBudgetError
+from sl_serve.kv.layout import HOST_ATTENTION_ITEMSIZE
 from sl_serve.loader import plan_checkpoint
 from sl_serve.plan.model_reader import read_sizes, stored_formats, torch_dtype
 from sl_serve.plan.placement import Workload
@@ -83,6 +84,8 @@ def _kv_bytes(
     checkpoint: Checkpoint, config: EngineConfig, scheduler: SchedulerConfig, workload: Workload
 ) -> int:
     """For every row at the workload's length."""
-    pools = KVPools(checkpoint.config, torch_dtype(config.dtype).itemsize, "position")
+    itemsize = torch_dtype(config.dtype).itemsize
+    kv_itemsize = HOST_ATTENTION_ITEMSIZE if config.host_attends else itemsize
+    pools = KVPools(checkpoint.config, kv_itemsize, "position", itemsize)
     width = floor_power_of_two(scheduler.max_rows // scheduler.n_sub_batches)
     return pools.bytes_for_rows(scheduler.max_rows, workload.total_tokens, width)

@@ -67,6 +67,10 @@ class Device(Protocol):
         """Tell that work reading these buffers was queued on the compute stream: arithmetic, or
         n_bytes read and written in the device's memory."""
 
+    def host_read(self, after: Event, n_bytes: int, name: str = "") -> Event:
+        """Tell that the processor waited for `after`, and for its own earlier work, and has since
+        read n_bytes of host memory. The point when it was done."""
+
     def stall_s(self) -> float:
         """Seconds the compute stream has waited for copies since the last call; 0 where that is
         not measured."""

@@ -45,6 +45,9 @@ class CpuDevice:
     ) -> None:
         pass
 
+    def host_read(self, after: Event, n_bytes: int, name: str = "") -> Event:
+        raise AssertionError("nothing runs beside a device that is the processor itself")
+
     def stall_s(self) -> float:
         return 0.0
 

@@ -11,9 +11,10 @@ wrong token on any machine:
 - a copy that starts, on the virtual clock, before the last computation that read its destination
   has ended raises SlotReuseError: the program order was right by luck, the streams' was not.
 
-The clock: each stream has its own time; a copy takes bytes / bandwidth, a computation
-FLOPs / rate or, where it only moves bytes (layers that are expanded), those / the memory's
-bandwidth; an event is a time, a wait moves a stream's time to it.
+The clock: each stream has its own time, and so has the processor; a copy takes bytes / bandwidth,
+a computation FLOPs / rate or, where it only moves bytes (layers that are expanded), those / the
+memory's bandwidth, the processor's attention bytes of KV / the rate of its own memory; an event is
+a time, a wait moves a stream's time to it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 
@@ -38,13 +40,14 @@ class SlotReuseError(SlServeError):
 
 @dataclass(frozen=True, slots=True)
 class HardwareProfile:
-    """Rates of a machine: link bandwidth each way, arithmetic, memory."""
+    """Rates of a machine: link bandwidth each way, arithmetic, memory on either side."""
 
     name: str
     down_bytes_per_s: float
     up_bytes_per_s: float
     flops_per_s: float
     memory_bytes_per_s: float = math.inf  # of the device's memory, reads and writes together
+    host_bytes_per_s: float = math.inf  # of KV that the processor attends to
 
     @classmethod
     def of(cls, hardware: Hardware) -> HardwareProfile:
@@ -55,6 +58,7 @@ class HardwareProfile:
             hardware.link_up_bytes_per_s,
             hardware.matmul.peak_flops_per_s,
             hardware.device_read_bytes_per_s,
+            hardware.host_attention.prefix_bytes_per_s,
         )
 
 
@@ -87,6 +91,8 @@ class SimDevice:
         self._zero_s: float | None = None  # where a timeline starts
         self._queues = {s: _Queue(deque()) for s in Stream}
         self._read_until_s: dict[int, float] = {}  # buffer address -> end of its last reading
+        self._host_s = 0.0  # the processor's own time
+        self._copying = Lock()  # a worker waits for copies too
         self._stall_s = 0.0
         self.n_bytes_down = 0
         self.n_bytes_up = 0
@@ -137,10 +143,11 @@ class SimDevice:
     def synchronize(self, event: Event) -> None:
         assert isinstance(event, SimEvent)
         queue = self._queues[event.stream]
-        while queue.n_done < event.n_copies:
-            dst, src = queue.pending.popleft()
-            dst.copy_(src)
-            queue.n_done += 1
+        with self._copying:
+            while queue.n_done < event.n_copies:
+                dst, src = queue.pending.popleft()
+                dst.copy_(src)
+                queue.n_done += 1
 
     def computed(
         self, n_flops: float, reads: Sequence[torch.Tensor], name: str = "", n_bytes: float = 0.0
@@ -150,6 +157,13 @@ class SimDevice:
         for buffer in reads:
             address = buffer.untyped_storage().data_ptr()
             self._read_until_s[address] = self._queues[Stream.COMPUTE].time_s
+
+    def host_read(self, after: Event, n_bytes: int, name: str = "") -> Event:
+        assert isinstance(after, SimEvent)
+        start_s = max(self._host_s, after.time_s)
+        self._host_s = start_s + n_bytes / self.profile.host_bytes_per_s
+        self._note("host", name, start_s, self._host_s)
+        return SimEvent(after.stream, after.n_copies, self._host_s)
 
     def stall_s(self) -> float:
         stall_s, self._stall_s = self._stall_s, 0.0
@@ -175,6 +189,8 @@ class SimDevice:
         queue = self._queues[stream]
         start_s = queue.time_s
         queue.time_s += seconds
+        self._note(stream.name.lower(), name, start_s, queue.time_s)
+
+    def _note(self, stream: str, name: str, start_s: float, stop_s: float) -> None:
         if self._zero_s is not None:
-            start_s, stop_s = start_s - self._zero_s, queue.time_s - self._zero_s
-            self._spans.append(Span(stream.name.lower(), name, start_s, stop_s))
+            self._spans.append(Span(stream, name, start_s - self._zero_s, stop_s - self._zero_s))

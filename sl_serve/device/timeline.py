@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    stream: str  # load, compute, store
+    stream: str  # load, compute, store, host
     name: str
     start_s: float  # since the timeline was started
     stop_s: float

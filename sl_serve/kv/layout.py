@@ -30,6 +30,9 @@ FULL_SLAB_CHUNKS = 4
 HOST_STAGING_BUFFERS = 4
 
 
+HOST_ATTENTION_ITEMSIZE = 4  # bytes of an element of KV that the processor attends to: float32
+
+
 def n_windows(look_ahead: int) -> int:
     """Device windows that prefixes pass through: one is filled while another is read."""
     return min(look_ahead, 1) + 1

@@ -37,6 +37,26 @@ class ResidentKV:
         return KVRegion(self.memory, layer * self._layer_bytes)
 
 
+class ResidentAccess:
+    """Sub-batches on the device alone: nothing crosses."""
+
+    n_bytes_down = n_bytes_up = 0
+
+    def __init__(self, device: Device, resident: ResidentKV) -> None:
+        self._device, self._resident = device, resident
+        self._tables: list[RowTable] = []
+
+    def begin(self, sub_batches: Sequence[SubBatchPlan], slabs: Mapping[int, Slab]) -> None:
+        self._tables = [self._resident.table(s, slabs) for s in sub_batches]
+
+    def open(self, cell: int) -> CellKV:
+        layer, sub_batch = divmod(cell, len(self._tables))
+        return CellKV(self._resident.region(layer), self._tables[sub_batch])
+
+    def close(self, cell: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._device.computed(0.0, (self._resident.memory,), "attention")
+
+
 class TieredKV:
     """Sub-batches on the device and sub-batches through windows, in one step.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -31,8 +32,29 @@ class RopeTable(NamedTuple):
     sin: torch.Tensor
 
 
-# q (T, Hq, D), k and v (T, Hk, D) of a sub-batch's new tokens -> their attention (T, Hq * D)
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+class NewTokens(NamedTuple):
+    """Of a sub-batch's new tokens; may lie in a scratch buffer that the next block uses too."""
+
+    q: torch.Tensor  # (T, Hq, D)
+    k: torch.Tensor  # (T, Hk, D)
+    v: torch.Tensor
+
+
+# A layer's pass, in two halves: it yields once, and is sent what the tokens' attention gave,
+# (T, Hq * D). Other blocks may run in between.
+Block = Generator[NewTokens, torch.Tensor, None]
+
+
+def finish(block: Block, attended: torch.Tensor) -> None:
+    """Run the second half of a block."""
+    with suppress(StopIteration):
+        block.send(attended)
+        raise AssertionError("a block yields once")
+
+
+def run_block(block: Block, attend: Callable[[NewTokens], torch.Tensor]) -> None:
+    """Both halves of a block, with attention between them."""
+    finish(block, attend(next(block)))
 
 
 class Family(Protocol):
@@ -65,9 +87,10 @@ class Family(Protocol):
         w: LayerWeights,
         x: torch.Tensor,
         rope: RopeTable | None,
-        attend: Attend,
-    ) -> None:
-        """Pass x (T, hidden) through one layer, in place. `rope` is None where config.rope is."""
+    ) -> Block:
+        """Pass x (T, hidden) through one layer, in place: yield the new tokens' queries, keys and
+        values, receive their attention, go on. `rope` is None where config.rope is. What the
+        first half makes and the second needs must not lie in a scratch buffer."""
 
     def head_input(
         self, config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sl_serve.config import ModelConfig
-from sl_serve.models import Attend, RopeTable, StaticTensors
+from sl_serve.models import Block, NewTokens, RopeTable, StaticTensors
 from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
 from sl_serve.ops import Ops
 from sl_serve.weights.layout import LayerWeights, Param
@@ -55,28 +55,23 @@ def block(
     w: LayerWeights,
     x: torch.Tensor,
     rope: RopeTable | None,
-    attend: Attend,
-) -> None:
+) -> Block:
     assert rope is not None
-    h = ops.rms_norm(x, w["input_norm"], config.norm_eps)
-    add_linear(ops, "o", x, attention(config, ops, w, h, rope, attend), w)
+    attended = yield new_tokens(config, ops, w, x, rope)
+    add_linear(ops, "o", x, attended, w)
     h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
     h = ops.silu_mul(linear(ops, "gate_up", h, w))
     add_linear(ops, "down", x, h, w)
 
 
-def attention(
-    config: ModelConfig,
-    ops: Ops,
-    w: LayerWeights,
-    h: torch.Tensor,
-    rope: RopeTable,
-    attend: Attend,
-) -> torch.Tensor:
+def new_tokens(
+    config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor, rope: RopeTable
+) -> NewTokens:
+    h = ops.rms_norm(x, w["input_norm"], config.norm_eps)
     qkv = linear(ops, "qkv", h, w).view(len(h), -1, config.head_dim)
     n_q, n_kv = config.n_heads, config.n_kv_heads
     ops.rope_(qkv[:, : n_q + n_kv], rope.cos, rope.sin)
-    return attend(qkv[:, :n_q], qkv[:, n_q : n_q + n_kv], qkv[:, n_q + n_kv :])
+    return NewTokens(qkv[:, :n_q], qkv[:, n_q : n_q + n_kv], qkv[:, n_q + n_kv :])
 
 
 def head_input(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from sl_serve.config import ModelConfig
-from sl_serve.models import Attend, RopeTable, StaticTensors
+from sl_serve.models import Block, NewTokens, RopeTable, StaticTensors
 from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
 from sl_serve.ops import Ops
 from sl_serve.weights.layout import LayerWeights, Param
@@ -68,11 +68,9 @@ def block(
     w: LayerWeights,
     x: torch.Tensor,
     rope: RopeTable | None,
-    attend: Attend,
-) -> None:
-    h = norm(config, ops, "attention_norm", x, w) if config.norm_first else x
-    qkv = linear(ops, "qkv", h, w).view(len(h), 3, config.n_heads, config.head_dim)
-    add_linear(ops, "o", x, attend(*qkv.unbind(1)), w)
+) -> Block:
+    attended = yield new_tokens(config, ops, w, x)
+    add_linear(ops, "o", x, attended, w)
     if not config.norm_first:
         x.copy_(norm(config, ops, "attention_norm", x, w))
     h = norm(config, ops, "mlp_norm", x, w) if config.norm_first else x
@@ -81,6 +79,12 @@ def block(
     add_linear(ops, "fc2", x, h, w)
     if not config.norm_first:
         x.copy_(norm(config, ops, "mlp_norm", x, w))
+
+
+def new_tokens(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) -> NewTokens:
+    h = norm(config, ops, "attention_norm", x, w) if config.norm_first else x
+    qkv = linear(ops, "qkv", h, w).view(len(h), 3, config.n_heads, config.head_dim)
+    return NewTokens(*qkv.unbind(1))
 
 
 def norm(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sl_serve.config import ModelConfig
-from sl_serve.models import RopeTable, load_family
+from sl_serve.models import NewTokens, RopeTable, load_family, run_block
 from sl_serve.ops import TorchOps
 from sl_serve.plan.model_sizes import LinearBytes
 
@@ -42,12 +42,12 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype, n_tokens: int) -> i
             x = torch.empty(n_tokens, model.hidden_size, dtype=dtype)
             angles = torch.empty(n_tokens, model.head_dim // 2)
             rope = None if model.rope is None else RopeTable(angles, torch.empty_like(angles))
-            family.block(model, TorchOps(dtype), weights, x, rope, _attend)
+            run_block(family.block(model, TorchOps(dtype), weights, x, rope), _attend)
     return alive.peak_bytes
 
 
-def _attend(q: torch.Tensor, _k: torch.Tensor, _v: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format).flatten(1)
+def _attend(new: NewTokens) -> torch.Tensor:
+    return torch.empty_like(new.q, memory_format=torch.contiguous_format).flatten(1)
 
 
 class _PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sl_serve.config import EngineConfig, ModelConfig
 from sl_serve.errors import MemoryBudgetError
-from sl_serve.kv.layout import FULL_SLAB_CHUNKS
+from sl_serve.kv.layout import FULL_SLAB_CHUNKS, KVSpec
 from sl_serve.plan.budget import MIB, exact_size, gib
 from sl_serve.plan.kv_size import MARGIN_SHARE, useful_kv_bytes
 from sl_serve.plan.memory import WeightSizes
@@ -36,7 +36,8 @@ class DeviceRoom:
         n_layers, left = self.model.n_layers, self._left(step)
         # Host memory as free as it can become: KV gets no more than this.
         kv_bytes = host_kv_bytes(min(left // self.sizes.layer_bytes, n_layers))
-        kv_bytes = min(kv_bytes, self.most_kv_bytes(step, 0))
+        if step.n_windows:
+            kv_bytes = min(kv_bytes, self.most_kv_bytes(step, 0))
         left -= windows_bytes(self.config, self.pools, step, kv_bytes)
         if n_layers * self.sizes.layer_bytes <= left + step.slots_bytes:
             return n_layers
@@ -47,7 +48,7 @@ class DeviceRoom:
         left = self._left(step) - n_device_layers * self.sizes.layer_bytes
         left -= windows_bytes(self.config, self.pools, step, kv_bytes)
         useful_bytes = useful_kv_bytes(self.config, self.pools, left)
-        n_chunks = min(left, useful_bytes) // self.pools.spec(kv_bytes).chunk_bytes
+        n_chunks = min(left, useful_bytes) // device_kv_spec(self.pools, kv_bytes).chunk_bytes
         return n_chunks if n_chunks >= FULL_SLAB_CHUNKS else 0
 
     def most_kv_bytes(self, step: StepMemory, n_device_layers: int) -> int:
@@ -75,6 +76,12 @@ class DeviceRoom:
                 f"{exact_size(enough)}, or lower --prefill-tokens or --max-rows"
             )
         return self.usable_bytes - needed
+
+
+def device_kv_spec(pools: KVPools, kv_bytes: int) -> KVSpec:
+    """Of KV that stays on the device: chunks of as many tokens as the host's, as windows have
+    them."""
+    return replace(pools.spec(kv_bytes), order="position", itemsize=pools.itemsize)
 
 
 def window_chunks(config: EngineConfig, pools: KVPools, kv_bytes: int) -> int:

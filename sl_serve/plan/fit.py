@@ -8,8 +8,13 @@ from typing import NamedTuple
 
 from sl_serve.config import EngineConfig, ModelConfig
 from sl_serve.errors import MemoryBudgetError
-from sl_serve.kv.layout import KVOrder
-from sl_serve.plan.device_room import DeviceRoom, window_chunks, windows_bytes
+from sl_serve.kv.layout import HOST_ATTENTION_ITEMSIZE, KVOrder
+from sl_serve.plan.device_room import (
+    DeviceRoom,
+    device_kv_spec,
+    window_chunks,
+    windows_bytes,
+)
 from sl_serve.plan.kv_size import (
     MARGIN_SHARE,
     Budget,
@@ -40,7 +45,11 @@ def plan_memory(
     `device_available_bytes` None: what the device needs counts as host memory. Raises
     MemoryBudgetError with the sum and what would help.
     """
-    pools, device = KVPools(model, itemsize, order), None
+    if config.host_attends:
+        pools = KVPools(model, HOST_ATTENTION_ITEMSIZE, "row", itemsize)
+    else:
+        pools = KVPools(model, itemsize, order, itemsize)
+    device = None
     if device_available_bytes is not None:
         usable_bytes = int(device_available_bytes * (1 - MARGIN_SHARE))
         device = DeviceRoom(model, config, sizes, pools, usable_bytes)
@@ -66,6 +75,8 @@ def plan_memory(
         static_bytes=tiers.static_bytes + fit.static_device_bytes,
         static_device_bytes=fit.static_device_bytes,
         kv=spec,
+        device_kv=device_kv_spec(pools, tiers.kv_bytes),
+        host_attends=config.host_attends,
         n_chunks=n_chunks,
         n_device_chunks=device.kv_chunks(step, n_device_layers, tiers.kv_bytes) if device else 0,
         window_chunks=window_chunks(config, pools, tiers.kv_bytes) if step.n_windows else n_chunks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +53,9 @@ class AttentionRates(NamedTuple):
     flops_per_s: float
 
 
+NO_ATTENTION = AttentionRates(math.inf, math.inf)  # takes no time: nothing is attended to
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """Sizes in bytes, rates in bytes/s, all achieved rather than nominal.
@@ -77,6 +81,8 @@ class Hardware:
     # Norms, activation functions, rotations, new K and V: activation and KV bytes they get done.
     elementwise_bytes_per_s: float
     cell_overhead_s: float = 0.0  # fixed cost of a layer for a sub-batch: calls, launches
+    # By the processor, of KV in host memory beside a device.
+    host_attention: AttentionRates = NO_ATTENTION
 
     def __post_init__(self) -> None:
         assert self.link_down_both_bytes_per_s <= self.link_down_bytes_per_s

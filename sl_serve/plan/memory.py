@@ -41,7 +41,9 @@ class MemoryPlan:
     head_on_disk: bool
     static_bytes: int
     static_device_bytes: int  # of static_bytes, what a device with memory of its own holds
-    kv: KVSpec
+    kv: KVSpec  # in host memory
+    device_kv: KVSpec
+    host_attends: bool  # to its KV; else that passes through windows, or there is no device
     n_chunks: int  # in host memory
     n_device_chunks: int  # beside them, of rows whose KV stays on the device
     window_chunks: int  # of the host's, what a sub-batch may touch
@@ -66,7 +68,7 @@ class MemoryPlan:
 
     @property
     def device_kv_bytes(self) -> int:
-        return self.n_device_chunks * self.kv.chunk_bytes
+        return self.n_device_chunks * self.device_kv.chunk_bytes
 
     @property
     def device_bytes(self) -> int:
@@ -117,13 +119,18 @@ class MemoryPlan:
             ("layer slots", self.device_slots_bytes, f"look-ahead {self.look_ahead}"),
             ("expanded layer", self.expansion_bytes, "the one that is computed with"),
             ("KV windows", self.windows_bytes, "prefixes on their way to the device"),
-            ("KV staging", self.staging_bytes, "new tokens on their way from the device"),
+            ("KV staging", self.staging_bytes, self._staging_remark()),
         ]
         return [row for row in rows if row[1]]
 
     def _disk_remark(self) -> str:
         layers = f"{self.n_disk_layers} layers ({gib(self.disk_bytes)}) read from disk every step"
         return layers + (", the head too" if self.head_on_disk else "")
+
+    def _staging_remark(self) -> str:
+        if self.host_attends:
+            return "new tokens on their way to the processor's attention and back"
+        return "new tokens on their way from the device"
 
     def _static_name(self) -> str:
         if self.head_on_disk:

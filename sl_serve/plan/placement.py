@@ -10,7 +10,12 @@ from typing import Literal, NamedTuple
 from sl_serve.kv.layout import HOST_STAGING_BUFFERS, n_windows
 from sl_serve.plan.memory import MemoryPlan
 from sl_serve.plan.model_sizes import ModelSizes
-from sl_serve.plan.step_memory import expansion_bytes, logits_lines, n_ring_slots
+from sl_serve.plan.step_memory import (
+    expansion_bytes,
+    logits_lines,
+    n_layers_in_use,
+    n_ring_slots,
+)
 
 Tier = Literal["device", "host", "disk"]
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
@@ -125,11 +130,12 @@ def _on_device(model: ModelSizes, placement: Placement, workload: Workload) -> l
     sub_batch_tokens = min(step_tokens, placement.rows + placement.prefill_tokens)
     staging = sub_batch_tokens * model.kv_token_layer_bytes if n_host_rows else 0
     slots = placement.look_ahead + 1 if placement.n_streamed_layers else 0
+    n_in_use = n_layers_in_use(placement.look_ahead, placement.attention == "host")
     parts = [
         Part("device", "embedding and head", model.static_bytes),
         Part("device", "layers", placement.n_device_layers * model.layer_bytes),
         Part("device", "layer slots", slots * model.layer_bytes),
-        Part("device", "expanded layer", expansion_bytes(model.expanded_layer_bytes)),
+        Part("device", "expanded layer", expansion_bytes(model.expanded_layer_bytes, n_in_use)),
         Part("device", "KV cache", n_device_rows * row_bytes),
         Part("device", "KV staging", windows * staging),
         Part("device", "activations", _activation_bytes(model, placement)),

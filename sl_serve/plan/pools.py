@@ -19,12 +19,13 @@ class KVPools:
     there are at least MIN_CHUNKS of a new size when it is first used."""
 
     model: ModelConfig
-    itemsize: int  # bytes per element
+    kv_itemsize: int  # bytes per element
     order: KVOrder
+    itemsize: int  # of what is computed with
 
     @property
     def token_layer_bytes(self) -> int:
-        return 2 * self.model.kv_size * self.itemsize
+        return 2 * self.model.kv_size * self.kv_itemsize
 
     @property
     def token_bytes(self) -> int:
@@ -44,7 +45,7 @@ class KVPools:
             model.n_layers,
             model.n_kv_heads,
             model.head_dim,
-            self.itemsize,
+            self.kv_itemsize,
             chunk_tokens,
             self.order,
         )

@@ -16,7 +16,7 @@ from sl_serve.config import DTypeName, ModelConfig
 from sl_serve.host_memory import host_empty
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import RowTable
-from sl_serve.models import RopeTable, load_family
+from sl_serve.models import NewTokens, RopeTable, load_family, run_block
 from sl_serve.ops import KVRegion, Ops
 from sl_serve.plan.activations import fit_activations
 from sl_serve.plan.budget import MIB
@@ -161,11 +161,13 @@ def _cell_seconds(ops: Ops, model: ModelConfig, n_tokens: int) -> float:
     rows = _rows(ops, model, n_tokens, 1, context=16)
     without_products = cast(Ops, _WithoutProducts(ops))
 
-    def attend(_q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        ops.append(rows.region, rows.table, k, v)
+    def attend(new: NewTokens) -> torch.Tensor:
+        ops.append(rows.region, rows.table, new.k, new.v)
         return attended
 
-    return typical_seconds(lambda: family.block(model, without_products, weights, x, rope, attend))
+    return typical_seconds(
+        lambda: run_block(family.block(model, without_products, weights, x, rope), attend)
+    )
 
 
 class _WithoutProducts:

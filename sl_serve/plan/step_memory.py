@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sl_serve.config import LOGITS_BLOCK_LINES, EngineConfig, ModelConfig
-from sl_serve.kv.layout import HOST_STAGING_BUFFERS, n_windows
+from sl_serve.kv.layout import HOST_ATTENTION_ITEMSIZE, HOST_STAGING_BUFFERS, n_windows
 from sl_serve.ops.torch_ops import EXPANDED_ELEMENTS
 from sl_serve.plan.memory import WeightSizes
 from sl_serve.plan.pools import KVPools
@@ -72,24 +72,51 @@ def _with_prefill(
 ) -> StepMemory:
     scheduler, in_place = config.scheduler, config.device == "cpu"
     tokens = scheduler.max_rows + prefill
-    windows = 0 if in_place else n_windows(scheduler.look_ahead)
-    staging = 0 if in_place else tokens * pools.token_layer_bytes
+    windows = 0 if in_place or config.host_attends else n_windows(scheduler.look_ahead)
+    staging = tokens * pools.token_layer_bytes
+    staging_device, staging_host = windows * staging, HOST_STAGING_BUFFERS * staging
+    if config.host_attends:
+        staging_device, staging_host = (
+            tokens * n
+            for n in host_attention_token_bytes(model.q_size, model.kv_size, pools.itemsize)
+        )
+    n_slots = n_layer_slots(scheduler.look_ahead, config.host_attends)
+    n_in_use = n_layers_in_use(scheduler.look_ahead, config.host_attends)
     return StepMemory(
         prefill_tokens=prefill,
         workspace_bytes=_workspace_bytes(model, tokens, scheduler.max_rows, pools.itemsize),
-        slots_bytes=0 if in_place else (scheduler.look_ahead + 1) * sizes.layer_bytes,
-        expansion_bytes=expansion_bytes(sizes.expanded_layer_bytes),
+        slots_bytes=0 if in_place else n_slots * sizes.layer_bytes,
+        expansion_bytes=expansion_bytes(sizes.expanded_layer_bytes, n_in_use),
         n_windows=windows,
-        staging_device_bytes=windows * staging,
-        staging_host_bytes=HOST_STAGING_BUFFERS * staging,
+        staging_device_bytes=staging_device,
+        staging_host_bytes=0 if in_place else staging_host,
     )
 
 
-def expansion_bytes(expanded_layer_bytes: int) -> int:
-    """For one layer and what widening a piece of it takes; none where no layer is expanded."""
+def expansion_bytes(expanded_layer_bytes: int, n_in_use: int) -> int:
+    """For the layers in use and what widening a piece of one takes; none where none is expanded."""
     if not expanded_layer_bytes:
         return 0
-    return expanded_layer_bytes + EXPANDED_ELEMENTS * WIDENING_BYTES
+    return n_in_use * expanded_layer_bytes + EXPANDED_ELEMENTS * WIDENING_BYTES
+
+
+def host_attention_token_bytes(q_size: int, kv_size: int, itemsize: int) -> tuple[int, int]:
+    """What one token of a step takes on the device and on the host where the processor attends:
+    q, k, v and the results on either side; as the processor computes with them, the results and,
+    where the device's numbers are shorter, the others too."""
+    crossing = (2 * q_size + 2 * kv_size) * itemsize
+    widened = q_size + (q_size + 2 * kv_size) * (itemsize != HOST_ATTENTION_ITEMSIZE)
+    return crossing, crossing + widened * HOST_ATTENTION_ITEMSIZE
+
+
+def n_layer_slots(look_ahead: int, host_attends: bool) -> int:
+    """On the device: the layers in use and those that are coming."""
+    return look_ahead + n_layers_in_use(look_ahead, host_attends)
+
+
+def n_layers_in_use(look_ahead: int, host_attends: bool) -> int:
+    """At a time: two where the processor attends, unless everything waits for everything."""
+    return 2 if host_attends and look_ahead > 0 else 1
 
 
 def n_ring_slots(in_place: bool, look_ahead: int) -> int:

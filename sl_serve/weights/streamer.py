@@ -28,10 +28,10 @@ class WeightSource(Protocol):
         next."""
 
     def release(self) -> None:
-        """The acquired layer has been computed with for this step."""
+        """The layer acquired first, of those not released, has been computed with for this step."""
 
     def buffer(self) -> torch.Tensor:
-        """The memory that the acquired layer is read from."""
+        """The memory that the layer acquired last is read from."""
 
     @property
     def n_bytes_moved(self) -> int:
@@ -73,8 +73,8 @@ class InPlaceWeights:
 
 
 class StreamedWeights:
-    """A ring of look_ahead + 1 device slots filled from a store, beside layers that stay on the
-    device; units are counted without those.
+    """A ring of look_ahead + 1 device slots, or more, filled from a store, beside layers that stay
+    on the device; units are counted without those.
 
     Order. Unit u lives in slot u mod n_slots. Its copy waits on the load stream for `released`
     of that slot, the event after the last computation that read unit u - n_slots; computation
@@ -97,9 +97,11 @@ class StreamedWeights:
         look_ahead: int,
         resident: Mapping[int, torch.Tensor] | None = None,
         expander: Expander | None = None,
+        n_slots: int | None = None,
     ) -> None:
         """`store` has the streamed layers, `resident` the images of the others; `expander` is
-        needed if any of them is not plain."""
+        needed if any of them is not plain. `n_slots`: one more where a layer is acquired before
+        the last one is released."""
         self.look_ahead = look_ahead
         self._device = device
         self._store = store
@@ -110,7 +112,7 @@ class StreamedWeights:
         n_layers = store.n_layers + len(self._resident)
         self._streamed = [i for i in range(n_layers) if i not in self._resident]
         self._phases = [_phase(i, self._streamed, n_layers) for i in range(n_layers)]
-        n_slots = look_ahead + 1 if self._streamed else 0
+        n_slots = (n_slots or look_ahead + 1) if self._streamed else 0
         self._slots = [device.empty(layout.image_bytes) for _ in range(n_slots)]
         # Any layer comes into any slot.
         self._views = [{i: layout.views(s, i) for i in self._streamed} for s in self._slots]
@@ -121,6 +123,8 @@ class StreamedWeights:
         self._filling = 0  # the unit whose copy is being queued
         self._filled_bytes = 0  # how much of it is
         self._image: torch.Tensor | None = None  # what it is copied from
+        self._n_layers_released = 0
+        self._n_units_released = 0
         self.n_bytes_moved = 0
 
     def acquire(self) -> LayerWeights:
@@ -135,7 +139,7 @@ class StreamedWeights:
         assert loaded is not None
         self._device.wait(Stream.COMPUTE, loaded)
         weights = self._ready(self._views[slot][layer], self._slots[slot])
-        if self._leaves_its_slot_at_once:
+        if self._leaves_its_slot_at_once(layer):
             self._released[slot] = self._device.record(Stream.COMPUTE)
         return weights
 
@@ -148,8 +152,14 @@ class StreamedWeights:
             self._queue_until(unit, share)
 
     def release(self) -> None:
-        if self._layer not in self._resident and not self._leaves_its_slot_at_once:
-            self._released[self._slot(self._unit)] = self._device.record(Stream.COMPUTE)
+        layer = self._n_layers_released % len(self._phases)
+        self._n_layers_released += 1
+        if layer in self._resident:
+            return
+        slot = self._slot(self._n_units_released)
+        self._n_units_released += 1
+        if not self._leaves_its_slot_at_once(layer):
+            self._released[slot] = self._device.record(Stream.COMPUTE)
 
     def buffer(self) -> torch.Tensor:
         if self._expander is not None and not self._layout.is_plain(self._layer):
@@ -164,10 +174,9 @@ class StreamedWeights:
         whole = range(self._unit + 1, self._filling)
         return sum(map(self._unit_bytes, whole)) + self._filled_bytes
 
-    @property
-    def _leaves_its_slot_at_once(self) -> bool:
+    def _leaves_its_slot_at_once(self, layer: int) -> bool:
         """Not in the serial twin, where nothing is to come down beside the arithmetic."""
-        return self.look_ahead > 0 and not self._layout.is_plain(self._layer)
+        return self.look_ahead > 0 and not self._layout.is_plain(layer)
 
     def _ready(self, weights: LayerWeights, image: torch.Tensor) -> LayerWeights:
         """The acquired layer, which lies in `image`, in the compute dtype."""
@@ -247,9 +256,10 @@ def weight_source(
     look_ahead: int,
     resident: Mapping[int, torch.Tensor] | None = None,
     expander: Expander | None = None,
+    n_slots: int | None = None,
 ) -> WeightSource:
     """`resident`: images on the device of layers that `store` does not have. `expander`: for
     layers that a device gets as stored."""
     if device.in_place:
         return InPlaceWeights(store)
-    return StreamedWeights(device, store, look_ahead, resident, expander)
+    return StreamedWeights(device, store, look_ahead, resident, expander, n_slots)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sl_serve import loader
-from sl_serve.config import DTypeName, EngineConfig
+from sl_serve.config import AttentionPlacement, DTypeName, EngineConfig
 from sl_serve.device import SimDevice, Stream
 from sl_serve.device.sim import HardwareProfile, SlotReuseError
 from sl_serve.errors import MemoryBudgetError
@@ -87,13 +87,26 @@ def expected(path: Path) -> list[list[int]]:
     return tokens(path, config(max_rows=6))
 
 
+@pytest.mark.parametrize("attention", ["device", "host"])
 @pytest.mark.parametrize("n_sub_batches", [1, 3])
 @pytest.mark.parametrize("look_ahead", [0, 1, 3])
 def test_tokens_are_the_processors(
-    path: Path, expected: list[list[int]], look_ahead: int, n_sub_batches: int
+    path: Path,
+    expected: list[list[int]],
+    look_ahead: int,
+    n_sub_batches: int,
+    attention: AttentionPlacement,
 ) -> None:
     settings = config(max_rows=6, look_ahead=look_ahead, n_sub_batches=n_sub_batches)
-    assert tokens(path, settings, SimDevice()) == expected
+    assert tokens(path, replace(settings, attention=attention), SimDevice()) == expected
+
+
+def test_two_layers_are_in_use_where_the_processor_attends(
+    path: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(config(max_rows=6, n_sub_batches=3), attention="host")
+    monkeypatch.setattr(loader, "n_layers_in_use", lambda *_: 1)
+    assert tokens(path, settings, SimDevice()) != expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -357,7 +370,7 @@ class ReleasesBeforeExpanding(StreamedWeights):
 class ExpandsTheFirstOnly(StreamedWeights):
     def _ready(self, weights: LayerWeights, image: torch.Tensor) -> LayerWeights:
         assert self._expander is not None
-        return super()._ready(weights, image) if self._layer == 0 else self._expander._views
+        return super()._ready(weights, image) if self._layer == 0 else self._expander._views[0]
 
 
 LOOK_AHEADS = [0, 1, 2, 3]

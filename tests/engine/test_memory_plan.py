@@ -277,7 +277,7 @@ def test_one_row_may_have_any_length_where_there_is_memory(n_tokens: int) -> Non
 def test_the_pool_for_some_tokens_is_the_smallest_that_holds_them(
     n_tokens: int, n_layers: int
 ) -> None:
-    pools = KVPools(replace(MODEL, n_layers=n_layers), 4, "row")
+    pools = KVPools(replace(MODEL, n_layers=n_layers), 4, "row", 4)
     n_bytes = pools.bytes_for(n_tokens)
     assert pools.tokens_in(n_bytes) >= n_tokens > pools.tokens_in(n_bytes - 1)
 
