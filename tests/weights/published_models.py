@@ -30,9 +30,11 @@ Packed = tuple[dict[str, torch.Tensor], np.ndarray]
 Pack = Callable[[np.random.Generator, int, int], Packed]
 
 
-def write(folder: Path, pack: Pack, settings: dict[str, Any], dtype: str = "float16") -> Model:
+def write(
+    folder: Path, pack: Pack, settings: dict[str, Any], dtype: str = "float16", **sizes: int
+) -> Model:
     """Every matrix of the layers packed, except layer 1's o_proj, which stays plain."""
-    write_tiny_llama(folder, hidden_size=HIDDEN, intermediate_size=INNER)
+    write_tiny_llama(folder, **({"hidden_size": HIDDEN, "intermediate_size": INNER} | sizes))
     tensors = load_file(folder / "model.safetensors")
     rng, expected = np.random.default_rng(0), {}
     for name in [n for n in tensors if ".layers." in n and tensors[n].dim() == 2]:

@@ -260,6 +260,15 @@ def test_damage_is_refused_by_name_before_anything_is_loaded(
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a\nb.qweight", "a" * 300])
+def test_names_that_no_message_could_repeat_are_refused(tmp_path: Path, name: str) -> None:
+    models.write(tmp_path, *LAYOUTS["gptq"][:2])
+    change_tensors(tmp_path, lambda tensors: tensors.update({name: torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match="is no name of a tensor") as refused:
+        open_checkpoint(tmp_path)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 300
+
+
 def test_weights_of_another_shape_than_the_model_has_are_refused(tmp_path: Path) -> None:
     models.write(tmp_path, *LAYOUTS["packed"][:2])
     change_settings(tmp_path, intermediate_size=256)

@@ -21,6 +21,7 @@ from sl_serve.weights.hf_folder import HfFolder
 from sl_serve.weights.published import awq, compressed_tensors, fp8, gptq
 from sl_serve.weights.published.packed import PackedMatrix
 
+MAX_NAME_CHARS = 200
 log = logging.getLogger(__name__)
 
 Layout = Callable[[HfFolder, Fields, torch.dtype], dict[str, PackedMatrix]]
@@ -49,6 +50,9 @@ def open_published(folder: HfFolder) -> HfFolder | PublishedFolder:
             f"{source}: weights quantised with {shown(method)} cannot be read "
             f"({', '.join(_LAYOUTS)} can)"
         )
+    for name in folder.names():  # messages repeat them
+        if not name.isprintable() or len(name) > MAX_NAME_CHARS:
+            raise CheckpointError(f"{folder.path}: {shown(name)} is no name of a tensor")
     settings = Fields(raw, f"{source}: quantization_config")
     dequantised: torch.dtype = getattr(torch, folder.config.dtype)
     matrices = _LAYOUTS[method](folder, settings, dequantised)
