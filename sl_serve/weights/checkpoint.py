@@ -15,6 +15,7 @@ from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import Format
 from sl_serve.weights.gguf_file import GgufCheckpoint
 from sl_serve.weights.hf_folder import HfFolder
+from sl_serve.weights.published import open_published
 
 
 class Checkpoint(Protocol):
@@ -33,7 +34,8 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """A CPU tensor of that shape, to be copied from and not written to: in the stored float
-        dtype from safetensors, float32 from GGUF. Safe to call from several threads."""
+        dtype from safetensors, float32 from whatever is quantised. Safe to call from several
+        threads."""
         ...
 
     def format(self, name: str) -> Format:
@@ -65,7 +67,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises ModelError when it cannot be run, CheckpointError when it is damaged."""
     if path.is_dir():
         if (path / "config.json").is_file():
-            return HfFolder(path)
+            return open_published(HfFolder(path))
         ggufs = sorted(path.glob("*.gguf"))
         hint = f"; give the file itself: {ggufs[0]}" if ggufs else ""
         raise ModelError(f"{path}: no config.json in this folder{hint}")

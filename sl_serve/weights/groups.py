@@ -19,6 +19,7 @@ from sl_serve.weights.formats import Format
 HEADER_BYTES = 4
 GROUPS = (128, 64, 32)  # numbers in a group; a kernel takes 32 at a time
 Kind = Literal["int4", "int4_sym", "int8", "int8_sym", "fp8"]
+WITH_ZEROS = ("int4", "int8")
 
 
 class Grouped(NamedTuple):
@@ -43,7 +44,7 @@ class GroupFormat:
 
     @property
     def has_zeros(self) -> bool:
-        return self.kind in ("int4", "int8")
+        return self.kind in WITH_ZEROS
 
     def pack(self, rows: Grouped) -> torch.Tensor:
         """uint8 (out, row_bytes)."""
@@ -67,32 +68,33 @@ def keeps_scales(scales: torch.Tensor) -> bool:
     return not bool((scales.float().contiguous().view(torch.int32) & 0xFF).any())
 
 
-def _widen(n_bits: int, has_zeros: bool, blocks: torch.Tensor) -> torch.Tensor:
+def as_floats(kind: Kind, numbers: torch.Tensor) -> torch.Tensor:
+    """What a matrix's stored numbers stand for, scales and zeros apart."""
+    if kind == "fp8":
+        return numbers.view(torch.float8_e4m3fn).float()
+    if kind == "int4":
+        return numbers.float()
+    return numbers.float() - 8 if kind == "int4_sym" else numbers.view(torch.int8).float()
+
+
+def _widen(kind: Kind, blocks: torch.Tensor) -> torch.Tensor:
     heads, packed = blocks[:, :HEADER_BYTES].contiguous(), blocks[:, HEADER_BYTES:]
-    if n_bits == 4:
+    if kind in ("int4", "int4_sym"):
         parts = packed.reshape(len(blocks), -1, 1, 16)
         packed = torch.cat([parts & 15, parts >> 4], dim=2).flatten(1)
-        numbers = packed.float() if has_zeros else packed.float() - 8
-    else:
-        numbers = packed.view(torch.int8).float()
-    if not has_zeros:
+    numbers = as_floats(kind, packed)
+    if kind not in WITH_ZEROS:
         return numbers * heads.view(torch.float32)
     scales = (heads.view(torch.int32) & ~0xFF).view(torch.float32)
     return numbers * scales - scales * heads[:, :1].view(torch.int8).float()
-
-
-def _widen_fp8(blocks: torch.Tensor) -> torch.Tensor:
-    scales = blocks[:, :HEADER_BYTES].contiguous().view(torch.float32)
-    return blocks[:, HEADER_BYTES:].view(torch.float8_e4m3fn).float() * scales
 
 
 def _group_format(kind: Kind, group: int) -> GroupFormat:
     bits, _, sym = kind.partition("_")
     name = f"{bits}_g{group}" + (f"_{sym}" if sym else "")
     n_bits = 4 if bits == "int4" else 8
-    widen = _widen_fp8 if kind == "fp8" else partial(_widen, n_bits, not sym)
     block_bytes = HEADER_BYTES + group * n_bits // 8
-    return GroupFormat(kind, group, Format(name, group, block_bytes, widen))
+    return GroupFormat(kind, group, Format(name, group, block_bytes, partial(_widen, kind)))
 
 
 _KINDS: tuple[Kind, ...] = ("int4", "int4_sym", "int8", "int8_sym", "fp8")

@@ -25,9 +25,6 @@ def model_config_from_hf(
     fields = Fields(raw, source)
     family = fields.text("model_type")
     check_family(family, _DIALECTS, source)
-    if isinstance(method := raw.get("quantization_config"), dict):
-        name = shown(method.get("quant_method", "unnamed"))
-        raise ModelError(f"{source}: weights quantised with {name} cannot be read")
     return _DIALECTS[family](fields, Fields(generation, "generation_config.json"))
 
 

@@ -43,11 +43,15 @@ class HfFolder:
 
     def read(self, name: str) -> torch.Tensor:
         """In the stored dtype, over the mapped file: it must not be written to."""
-        file, stored_name = self._find(name)
-        tensor = file.read(stored_name)
+        tensor = self.read_stored(name)
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{self.path}: {name} is stored as {tensor.dtype}, not as a float")
         return tensor
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        """Of any dtype, over the mapped file."""
+        file, stored_name = self._find(name)
+        return file.read(stored_name)
 
     def format(self, name: str) -> Format:
         file, stored_name = self._find(name)

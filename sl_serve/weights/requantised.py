@@ -93,9 +93,7 @@ class RequantisedCheckpoint:
 
     def location(self, name: str) -> FileRange | None:
         found = self._checkpoint.location(name)
-        if name in self._groups:
-            return None
-        return None if found is None or found.dtype != self.format(name).dtype else found
+        return found if found is not None and found.dtype == self.format(name).dtype else None
 
     def drop_pages(self) -> None:
         self._checkpoint.drop_pages()

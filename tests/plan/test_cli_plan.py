@@ -74,6 +74,22 @@ def test_a_model_on_this_machine(
     assert found["prediction"]["decode"]["resource_s"]["link down"] == 0
 
 
+def test_weights_are_counted_as_asked_for(
+    tiny: tuple[Path, LlamaForCausalLM],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ("plan", str(tiny[0]), "--prompt", "20", "--gen", "4", "--requests", "3", "--json")
+    layer_bytes = []
+    for weights in ("auto", "int4"):
+        monkeypatch.setenv("SL_SERVE_WEIGHTS", weights)
+        _, out, _ = sl_serve(capfd, monkeypatch, *asked, "--threads", "1")
+        layer_bytes.append(json.loads(out)["model"]["layer_bytes"])
+    assert layer_bytes[1] < 0.3 * layer_bytes[0]  # of float32; vectors and whole pages stay
+    code, _, err = sl_serve(capfd, monkeypatch, *asked, "--weights", "int3")
+    assert code == 2 and "--weights 'int3' is not known" in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -127,7 +127,7 @@ def test_end_ids_of_both_files_are_joined(folder: Path) -> None:
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be token ids"),
         ({"dtype": "int4"}, "int4"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "factor is missing"),

@@ -16,6 +16,8 @@ from sl_serve.config import RopeConfig
 from sl_serve.weights.gguf_config import ROPE_FACTORS, llama3_rope_factors
 from tests.models import tiny_opt, write_tokenizer
 from tests.weights.fuzz.sample import GgufParts, Sample
+from tests.weights.published_models import awq, gptq, one_byte, pack_quantized
+from tests.weights.published_models import write as write_published
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
 
 Kind = gguf.GGMLQuantizationType
@@ -57,7 +59,7 @@ PIECES = {
 def make_samples() -> list[Sample]:
     """The same ones each time."""
     with tempfile.TemporaryDirectory() as folder:
-        return [*_folders(Path(folder)), *_ggufs(Path(folder))]
+        return [*_folders(Path(folder)), *_published(Path(folder)), *_ggufs(Path(folder))]
 
 
 def _folders(root: Path) -> list[Sample]:
@@ -74,9 +76,31 @@ def _folders(root: Path) -> list[Sample]:
     ]
 
 
+def _published(root: Path) -> list[Sample]:
+    sizes = SMALL_LLAMA | {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    of_name = {
+        "gptq": (gptq(group=32), {"quant_method": "gptq", "bits": 4, "group_size": 32}),
+        "awq": (awq(16), {"quant_method": "awq", "bits": 4, "group_size": 16}),
+        "packed": (pack_quantized(8, 16, symmetric=False), packed),
+        "fp8": (
+            one_byte("fp8", (16, 16), suffix="weight_scale_inv"),
+            {"quant_method": "fp8", "weight_block_size": [16, 16]},
+        ),
+    }
+    for name, (pack, settings) in of_name.items():
+        (root / name).mkdir()
+        write_published(root / name, pack, settings, **sizes)
+    return [_sample(root / name) for name in of_name]
+
+
 def _folder(path: Path, model: PreTrainedModel, **options: Any) -> Sample:
     model.save_pretrained(path, **options)
     write_tokenizer(path)
+    return _sample(path)
+
+
+def _sample(path: Path) -> Sample:
     return Sample(path.name, {file.name: file.read_bytes() for file in sorted(path.iterdir())})
 
 
