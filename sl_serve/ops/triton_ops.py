@@ -22,16 +22,18 @@ class TritonOps(DeviceOps):
         self.name += ", triton"
 
     def check(self) -> None:
-        """Build a kernel and run it: without a C compiler, or with a card too old, triton cannot,
-        which only a launch tells. Raises whatever it raises."""
-        format, on = BLOCK_FORMATS["q8_0"], self._device.torch_device
-        # Each block: a scale of 2^-14 or so, and numbers 1.
-        data = torch.ones(4, format.block_bytes, dtype=torch.uint8, device=on)
-        rows = QuantisedRows(data, format)
-        out = torch.empty(rows.shape, dtype=self.dtype, device=on)
-        self._expand_rows(rows, out)
-        if not torch.equal(out, rows.widened().to(self.dtype)):
-            raise RuntimeError("a kernel gives other numbers than torch")
+        """Build two kernels and run them: without a C compiler, or with a card too old, triton
+        cannot, which only a launch tells. Raises whatever it raises."""
+        on = self._device.torch_device
+        for name in ("q8_0", "q5_k"):
+            format = BLOCK_FORMATS[name]
+            # As a scale a small number, as integers ones.
+            data = torch.ones(4, format.block_bytes, dtype=torch.uint8, device=on)
+            rows = QuantisedRows(data, format)
+            out = torch.empty(rows.shape, dtype=self.dtype, device=on)
+            self._expand_rows(rows, out)
+            if not torch.equal(out, rows.widened().to(self.dtype)):
+                raise RuntimeError("a kernel gives other numbers than torch")
 
     def _expand_rows(self, rows: QuantisedRows, out: torch.Tensor) -> None:
         if expands(rows):

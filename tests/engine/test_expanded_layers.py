@@ -262,6 +262,8 @@ def test_buffers_are_those_of_the_plan(path: Path, monkeypatch: pytest.MonkeyPat
     )
     uploaded = {id(t): t.nbytes for t in found[0].sweep.static.values()}
     assert sum(uploaded.values()) == plan.static_device_bytes
+    embedding = next(t for t in gguf.GGUFReader(path).tensors if t.name == "token_embd.weight")
+    assert plan.static_bytes - plan.static_device_bytes == int(embedding.n_bytes)
 
 
 def test_budgets_are_ceilings_and_a_refusal_says_what_would_do(path: Path) -> None:
