@@ -13,6 +13,7 @@ LANES = ("load", "compute", "store")
 COLOURS = {
     "weights": "#4878a8",
     "KV prefix": "#8fb8d8",
+    "expansion": "#b03060",
     "layer": "#c8603c",
     "attention": "#e0a070",
     "new KV": "#6a9a58",

@@ -263,23 +263,22 @@ class _Model:
 
     def _sizes(self) -> WeightSizes:
         settings, static = self.checkpoint.config, self.static.values()
-        plain_format = plain(self.layout.dtype)
+        on_device, plain_format = self.config.device != "cpu", plain(self.layout.dtype)
         formats = {source: self.formats.get(source, plain_format) for source, _ in static}
-        sizes = {source: static_bytes(shape, formats[source]) for source, shape in static}
-        head, embed = self.static["head"][0], self.static["embed"][0]
+        used = dict.fromkeys(formats, plain_format) if on_device else formats
+        sizes = {source: static_bytes(shape, used[source]) for source, shape in static}
+        (head, _), (embed, embed_shape) = self.static["head"], self.static["embed"]
         embedding_bytes = 0 if embed == head else sizes[embed]
-        others_bytes = sum(sizes.values()) - sum(sizes[s] for s in {head, embed})
-        if self.config.device != "cpu":  # the head is expanded there, the embedding is not
-            embedding_bytes = sizes[embed]
-            sizes[head] = static_bytes(self.static["head"][1], plain_format)
+        if on_device:  # on the host, as stored
+            embedding_bytes = static_bytes(embed_shape, formats[embed])
         places = [(self.checkpoint.location(s), formats[s].dtype) for s in (head, embed)]
         in_files = served_by_files(self.checkpoint, self.layout, settings.n_layers)
         return WeightSizes(
             layer_bytes=self.layout.image_bytes,
-            expanded_layer_bytes=0 if self.config.device == "cpu" else self.layout.expanded_bytes,
+            expanded_layer_bytes=self.layout.expanded_bytes if on_device else 0,
             embedding_bytes=embedding_bytes,
             head_bytes=sizes[head],
-            others_bytes=others_bytes,
+            others_bytes=sum(sizes.values()) - sum(sizes[s] for s in {head, embed}),
             disk_tier=in_files or self.config.disk_dir is not None,
             vocabulary_in_file=all(found and found.dtype == d for found, d in places),
         )

@@ -38,4 +38,16 @@ def _device_ops(device: Device, dtype: torch.dtype) -> Ops:
     from sl_serve.ops.device_ops import DeviceOps, find_flash_attention
 
     device.check_dtype(dtype)
-    return DeviceOps(device, dtype, find_flash_attention(device.torch_device, dtype))
+    flash = find_flash_attention(device.torch_device, dtype)
+    if device.torch_device.type == "cuda":
+        try:
+            from sl_serve.ops.triton_ops import TritonOps
+
+            ops = TritonOps(device, dtype, flash)
+            ops.check()
+            return ops
+        except ImportError:
+            logger.info("triton is not installed: layers are expanded by torch, slower")
+        except Exception as error:  # of the compilers below it, of any kind
+            logger.warning("triton does not work here, torch does without: %s", error)
+    return DeviceOps(device, dtype, flash)

@@ -103,8 +103,14 @@ class DeviceOps(TorchOps):
             if batch.group.has_unwritten:
                 for memory in _keys_values(lines, batch.group):
                     memory[:, -1].zero_()
-        lines.index_copy_(0, table.lines[0], k)
-        lines.index_copy_(0, table.lines[1], v)
+        self._scatter(lines, table.lines, k, v)
+
+    def _scatter(
+        self, lines: torch.Tensor, targets: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """lines (n, Hk, D) get k and v (T, Hk, D) at the numbers in targets (2, T)."""
+        lines.index_copy_(0, targets[0], k)
+        lines.index_copy_(0, targets[1], v)
 
     def attend(
         self, region: KVRegion, table: RowTable, q: torch.Tensor, n_kv_heads: int

@@ -18,11 +18,17 @@ from sl_serve.config import DTypeName, EngineConfig
 from sl_serve.device import CudaDevice, Stream
 from sl_serve.engine import Engine
 from sl_serve.loader import load
+from sl_serve.ops import choose_ops
 from sl_serve.ops.device_ops import DeviceOps, find_flash_attention
 from sl_serve.weights.dummy import open_dummy
+from sl_serve.weights.formats import BLOCK_FORMATS
+from sl_serve.weights.quantised import QuantisedRows
 from tests.engine.running import GREEDY, config, engine, random_prompts, run, steps_of
 from tests.engine.test_cuda_ops import CASES, Case, Window
+from tests.engine.test_gguf_weights import TOKENIZER, TOKENS
 from tests.engine.test_ops import relative_error
+from tests.weights.blocks import KINDS, Kind, random_rows
+from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
 
 pytestmark = [
     pytest.mark.cuda,
@@ -132,6 +138,40 @@ def test_attention_is_exact(case: Case, dtype: torch.dtype, n_kv_heads: int, gro
     found = window.attended(DeviceOps(device, dtype, find_flash_attention(CUDA, dtype)))
     tolerance = 1e-5 if dtype is torch.float32 else 4 * torch.finfo(dtype).eps
     assert relative_error(found.cpu(), expected) <= tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ops_class", ["DeviceOps", "TritonOps"])
+def test_blocks_are_expanded_exactly(kind: Kind, dtype: torch.dtype, ops_class: str) -> None:
+    pytest.importorskip("triton")
+    from sl_serve.ops.triton_ops import TritonOps
+
+    ops = {"DeviceOps": DeviceOps, "TritonOps": TritonOps}[ops_class](CudaDevice(), dtype)
+    rows = torch.from_numpy(random_rows(kind, 70, 1024))
+    format = BLOCK_FORMATS[kind.name.lower()]
+    out = torch.full((70, 1024), torch.nan, dtype=dtype, device=CUDA)
+    ops.expand(QuantisedRows(rows.to(CUDA), format).t(), out.t())
+    assert torch.equal(out.cpu(), format.widen(rows).to(dtype))
+
+
+def test_a_gpu_with_triton_uses_it() -> None:
+    pytest.importorskip("triton")
+    assert choose_ops("float16", 1, device=CudaDevice()).name.endswith(", triton")
+
+
+@pytest.mark.parametrize("look_ahead", [0, 1, 3])
+def test_tokens_of_layers_in_blocks_are_the_processors(
+    tmp_path: Path, placement: str, look_ahead: int
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    sizes = {"vocab_size": len(TOKENS), "hidden_size": 256, "intermediate_size": 512}
+    model = tiny_llama(**sizes, initializer_range=0.2)
+    write_tiny_gguf(path, model, quantisation=Kind.Q4_K, settings=TOKENIZER)
+    with engine(path, config(max_rows=14)) as running:
+        expected = run(running, PROMPTS)
+    with engine(path, settings_of(look_ahead=look_ahead, n_sub_batches=2)) as running:
+        assert run(running, PROMPTS) == expected
 
 
 CUBLAS_BYTES = 64 << 20  # its workspaces, taken once; outside of every plan

@@ -14,7 +14,7 @@ import torch
 
 from sl_serve import loader
 from sl_serve.config import AttentionPlacement, DTypeName, EngineConfig
-from sl_serve.device import SimDevice, Stream
+from sl_serve.device import Device, SimDevice, Stream
 from sl_serve.device.sim import HardwareProfile, SlotReuseError
 from sl_serve.errors import MemoryBudgetError
 from sl_serve.loader import Parts, plan_checkpoint
@@ -31,6 +31,7 @@ from sl_serve.weights.host import host_images
 from sl_serve.weights.layout import LayerLayout, LayerWeights, Param
 from sl_serve.weights.store import LayerStore
 from sl_serve.weights.streamer import StreamedWeights
+from tests.engine.fake_cuda import FakeRuntime, LazyCudaDevice, fake_cuda
 from tests.engine.running import GREEDY, config, engine, random_prompts, run, steps_of
 from tests.engine.test_gguf_weights import MIXED, TOKENIZER, TOKENS
 from tests.weights.blocks import Kind, random_rows
@@ -74,7 +75,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def tokens(
     path: Path,
     settings: EngineConfig,
-    device: SimDevice | None = None,
+    device: Device | None = None,
     change: Callable[[Parts], None] = lambda _: None,
 ) -> list[list[int]]:
     with engine(path, settings, device, change) as running:
@@ -165,6 +166,21 @@ def test_a_few_layers_stay_as_stored(
         assert run(running, PROMPTS, SHORT) == expected
     layers = crossing_bytes(path, 4)
     assert {s.weight_bytes for s in steps} == {layers[0] + layers[2]}
+
+
+@pytest.mark.parametrize(("limit_bytes", "look_ahead"), [(1 << 60, 2), (1 << 60, 0), (0, 1)])
+def test_tokens_are_the_same_with_copies_as_late_as_a_gpu_may_make_them(
+    path: Path,
+    expected: list[list[int]],
+    limit_bytes: int,
+    look_ahead: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = config(max_rows=6, n_sub_batches=2, look_ahead=look_ahead)
+    with fake_cuda(FakeRuntime(limit_bytes), slot_bytes=4096):
+        device = LazyCudaDevice(torch.device("cpu"))
+        monkeypatch.setattr(device, "_clear_error", lambda: None)
+        assert tokens(path, settings, device) == expected
 
 
 def rounded(n: int, alignment: int) -> int:
@@ -259,6 +275,8 @@ def test_buffers_are_those_of_the_plan(path: Path, monkeypatch: pytest.MonkeyPat
     )
     uploaded = {id(t): t.nbytes for t in found[0].sweep.static.values()}
     assert sum(uploaded.values()) == plan.static_device_bytes
+    embedding = next(t for t in gguf.GGUFReader(path).tensors if t.name == "token_embd.weight")
+    assert plan.static_bytes - plan.static_device_bytes == int(embedding.n_bytes)
 
 
 def test_budgets_are_ceilings_and_a_refusal_says_what_would_do(path: Path) -> None:
