@@ -57,6 +57,7 @@ def serve(
     sub_batches: o.SubBatches = None,
     prefill_tokens: o.PrefillTokens = None,
     look_ahead: o.LookAhead = o.DEFAULTS.look_ahead,
+    attention: o.Attention = "auto",
     threads: o.Threads = None,
     queue_requests: o.QueueRequests = QUEUE_DEFAULTS.max_requests,
     queue_tokens: o.QueueTokens = QUEUE_DEFAULTS.max_tokens,
@@ -90,6 +91,7 @@ def serve(
         sub_batches=sub_batches,
         prefill_tokens=prefill_tokens,
         look_ahead=look_ahead,
+        attention=attention,
         threads=threads,
         queue=QueueConfig(queue_requests, queue_tokens),
     )
@@ -121,6 +123,7 @@ def generate(
     device_memory: o.DeviceMemory = None,
     disk_dir: o.DiskDir = None,
     max_model_len: o.MaxModelLen = None,
+    attention: o.Attention = "auto",
     threads: o.Threads = None,
 ) -> None:
     """Continue one prompt with MODEL and print the text as it comes."""
@@ -147,6 +150,7 @@ def generate(
         sub_batches=1,
         prefill_tokens=None,
         look_ahead=o.DEFAULTS.look_ahead,
+        attention=attention,
         threads=threads,
         queue=QUEUE_DEFAULTS,
     )

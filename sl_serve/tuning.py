@@ -14,7 +14,7 @@ from sl_serve.kv.layout import HOST_ATTENTION_ITEMSIZE
 from sl_serve.loader import plan_checkpoint
 from sl_serve.plan.model_reader import read_sizes, torch_dtype
 from sl_serve.plan.placement import Workload
-from sl_serve.plan.planner import Budgets, Plan, choose
+from sl_serve.plan.planner import Budgets, Plan, choose, engine_abilities
 from sl_serve.plan.pools import KVPools, floor_power_of_two
 from sl_serve.plan.probe import Say, measurable_folder, probe
 from sl_serve.plan.probe_compute import Shapes
@@ -50,7 +50,11 @@ def tune(checkpoint: Checkpoint, config: EngineConfig, say: Say) -> Tuned:
     prompt = max(1, min(PROMPT_TOKENS, longest - OUTPUT_TOKENS, longest // 2))
     workload = Workload(prompt, max(1, min(OUTPUT_TOKENS, longest - prompt)), N_REQUESTS)
     plan = choose(
-        read_sizes(checkpoint.path.name, settings, dtype, dtype), hardware, budgets, workload
+        read_sizes(checkpoint.path.name, settings, dtype, dtype),
+        hardware,
+        budgets,
+        workload,
+        engine_abilities(config.attention),
     )
     return Tuned(_accepted(checkpoint, config, plan, workload), plan)
 
@@ -61,6 +65,7 @@ def _accepted(
     """The plan as settings, with fewer rows where the engine's own sum, which counts whole chunks
     of KV, finds them too many. Raises MemoryBudgetError if not even one row fits."""
     placement, rows = plan.placement, plan.placement.rows
+    config = replace(config, attention=placement.attention)
     while True:
         scheduler = replace(
             config.scheduler,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
+from sl_serve.config import AttentionPlacement
 from sl_serve.errors import MemoryBudgetError, UserError
 from sl_serve.plan.budget import MIB, exact_size, gib
 from sl_serve.plan.hardware import Hardware
@@ -64,8 +65,13 @@ class Abilities:
     layers_first: bool = False  # KV on the device only beside all layers
 
 
-# Of the engine as it is: the device attends, and keeps KV where it has all layers.
-ENGINE = Abilities(attention=("device",), layers_first=True)
+# Of the engine as it is: KV stays on the device where that has all layers.
+ENGINE = Abilities(layers_first=True)
+
+
+def engine_abilities(attention: AttentionPlacement) -> Abilities:
+    """Of the engine, told where to attend."""
+    return ENGINE if attention == "auto" else replace(ENGINE, attention=(attention,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,8 @@ class Plan:
     placement: Placement
     parts: tuple[Part, ...]
     prediction: Prediction
+    # Of the best placement whose attention is in the other place, if one fits.
+    other_attention: Prediction | None = None
 
 
 def choose(
@@ -94,7 +102,7 @@ def choose(
             "ask for fewer"
         )
     known_steps = cache(lambda rows, prefill: steps_of(workload, rows, prefill))
-    best, best_wall_s = None, math.inf
+    best: dict[AttentionPlace, tuple[float, Placement]] = {}
     for cut in _grid(workload, hardware.has_device, abilities):
         placement = fill(model, cut, hardware, budgets, workload)
         if placement is None:
@@ -103,12 +111,15 @@ def choose(
             continue
         steps = known_steps(min(cut.total_rows, workload.n_requests), cut.prefill_tokens)
         wall_s = total_seconds(model, placement, hardware, steps)
-        if wall_s < best_wall_s:
-            best, best_wall_s = placement, wall_s
-    if best is None:
+        place = placement.attention
+        if place not in best or wall_s < best[place][0]:
+            best[place] = wall_s, placement
+    if not best:
         raise _refusal(model, hardware, budgets, workload)
-    parts = memory_parts(model, best, workload, hardware.has_device)
-    return Plan(best, tuple(parts), predict(model, best, hardware, workload))
+    ranked = [placement for _, placement in sorted(best.values(), key=lambda found: found[0])]
+    parts = memory_parts(model, ranked[0], workload, hardware.has_device)
+    predictions = [predict(model, placement, hardware, workload) for placement in ranked]
+    return Plan(ranked[0], tuple(parts), *predictions)
 
 
 def fill(
