@@ -4,6 +4,7 @@ virtual clock, beside what the planner's formulas say of the same steps."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from threading import Semaphore
 from typing import Any
@@ -21,6 +22,7 @@ from sl_serve.plan.hardware import AttentionRates, Hardware, roofline
 from sl_serve.plan.model_reader import read_sizes, stored_formats, torch_dtype
 from sl_serve.plan.model_sizes import ModelSizes
 from sl_serve.plan.placement import Placement, Workload
+from sl_serve.plan.planner import AttentionPlace
 from sl_serve.plan.predict import StepTime, predict
 from sl_serve.plan.profiles import PROFILES
 from sl_serve.stats import StepStats
@@ -31,7 +33,12 @@ ROWS, SUB_BATCHES, OUTPUT_TOKENS, PROMPT_TOKENS = 16, 4, 12, 96
 DTYPE: DTypeName = "float32"  # what the simulated device computes in
 
 
-def simulation(model: str, profile: str, look_aheads: tuple[int, ...] = (1, 0)) -> dict[str, Any]:
+def simulation(
+    model: str,
+    profile: str,
+    look_aheads: tuple[int, ...] = (1, 0),
+    attentions: tuple[AttentionPlace, ...] = ("device", "host"),
+) -> dict[str, Any]:
     """`model`: a shape's name, or a folder with weights. JSON-ready, times in seconds.
 
     Raises BenchError for an unknown profile, ModelError for an unknown model.
@@ -41,11 +48,12 @@ def simulation(model: str, profile: str, look_aheads: tuple[int, ...] = (1, 0)) 
     hardware = as_simulated(PROFILES[profile])
     checkpoint = open_checkpoint(Path(model)) if Path(model).exists() else open_dummy(model)
     rows = []
-    for look_ahead in look_aheads:
-        simulated_s = _simulated_decode_s(checkpoint, hardware, look_ahead)
-        predicted = _predicted_decode(checkpoint, hardware, look_ahead)
+    for attention, look_ahead in product(attentions, look_aheads):
+        simulated_s = _simulated_decode_s(checkpoint, hardware, look_ahead, attention)
+        predicted = _predicted_decode(checkpoint, hardware, look_ahead, attention)
         rows.append(
             {
+                "attention": attention,
                 "look_ahead": look_ahead,
                 "simulated_step_s": simulated_s,
                 "predicted_step_s": predicted.step_s,
@@ -61,16 +69,19 @@ def simulation(model: str, profile: str, look_aheads: tuple[int, ...] = (1, 0)) 
 def simulation_table(report: dict[str, Any]) -> Table:
     title = f"{report['model']} in {report['dtype']} on {report['profile']}: a step of decoding"
     table = Table(title=title)
-    for column in ("look-ahead", "simulated ms", "predicted ms", "predicted/simulated", "binds"):
+    columns = ("simulated ms", "predicted ms", "predicted/simulated", "binds")
+    for column in ("attention", "look-ahead", *columns):
         table.add_column(column, justify="right")
     for row in report["rows"]:
         times = (row["simulated_step_s"] * 1e3, row["predicted_step_s"] * 1e3, row["ratio"])
-        table.add_row(str(row["look_ahead"]), *(f"{t:.3f}" for t in times), row["binds"])
+        cut = row["attention"], str(row["look_ahead"])
+        table.add_row(*cut, *(f"{t:.3f}" for t in times), row["binds"])
     return table
 
 
 def as_simulated(hardware: Hardware) -> Hardware:
-    """What the virtual clock knows of a machine: one rate per direction, one of arithmetic."""
+    """What the virtual clock knows of a machine: one rate per direction, one of arithmetic, one of
+    attention by the processor."""
     matmul = roofline(hardware.matmul.peak_flops_per_s, 1.0, 1.0)
     return replace(
         hardware,
@@ -83,16 +94,20 @@ def as_simulated(hardware: Hardware) -> Hardware:
         attention=AttentionRates(1e18, matmul.peak_flops_per_s),
         elementwise_bytes_per_s=1e18,
         cell_overhead_s=0.0,
+        host_attention=hardware.host_attention._replace(flops_per_s=1e18),
     )
 
 
-def _simulated_decode_s(checkpoint: Checkpoint, hardware: Hardware, look_ahead: int) -> float:
+def _simulated_decode_s(
+    checkpoint: Checkpoint, hardware: Hardware, look_ahead: int, attention: AttentionPlace
+) -> float:
     """Mean over the steps in which every row decodes."""
     device = SimDevice(HardwareProfile.of(hardware))
     config = EngineConfig(
         device="sim",
         kv_memory_bytes=None,
         max_model_len=PROMPT_TOKENS + OUTPUT_TOKENS,
+        attention=attention,
         queue=UNBOUNDED_QUEUE,
         scheduler=SchedulerConfig(
             max_rows=ROWS,
@@ -130,7 +145,9 @@ def _run(engine: Engine) -> None:
         ended.acquire()
 
 
-def _predicted_decode(checkpoint: Checkpoint, hardware: Hardware, look_ahead: int) -> StepTime:
+def _predicted_decode(
+    checkpoint: Checkpoint, hardware: Hardware, look_ahead: int, attention: AttentionPlace
+) -> StepTime:
     sizes = _sizes(checkpoint)
     placement = Placement(
         n_device_layers=0,
@@ -140,6 +157,7 @@ def _predicted_decode(checkpoint: Checkpoint, hardware: Hardware, look_ahead: in
         n_sub_batches=SUB_BATCHES,
         prefill_tokens=ROWS * PROMPT_TOKENS,
         look_ahead=look_ahead,
+        attention=attention,
     )
     return predict(sizes, placement, hardware, Workload(PROMPT_TOKENS, OUTPUT_TOKENS, ROWS)).decode
 

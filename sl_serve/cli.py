@@ -58,6 +58,7 @@ def serve(
     sub_batches: o.SubBatches = None,
     prefill_tokens: o.PrefillTokens = None,
     look_ahead: o.LookAhead = o.DEFAULTS.look_ahead,
+    attention: o.Attention = "auto",
     threads: o.Threads = None,
     queue_requests: o.QueueRequests = QUEUE_DEFAULTS.max_requests,
     queue_tokens: o.QueueTokens = QUEUE_DEFAULTS.max_tokens,
@@ -92,6 +93,7 @@ def serve(
         sub_batches=sub_batches,
         prefill_tokens=prefill_tokens,
         look_ahead=look_ahead,
+        attention=attention,
         threads=threads,
         queue=QueueConfig(queue_requests, queue_tokens),
     )
@@ -124,6 +126,7 @@ def generate(
     device_memory: o.DeviceMemory = None,
     disk_dir: o.DiskDir = None,
     max_model_len: o.MaxModelLen = None,
+    attention: o.Attention = "auto",
     threads: o.Threads = None,
 ) -> None:
     """Continue one prompt with MODEL and print the text as it comes."""
@@ -151,6 +154,7 @@ def generate(
         sub_batches=1,
         prefill_tokens=None,
         look_ahead=o.DEFAULTS.look_ahead,
+        attention=attention,
         threads=threads,
         queue=QUEUE_DEFAULTS,
     )

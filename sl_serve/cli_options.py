@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sl_serve.config import (
+    AttentionPlacement,
     DeviceName,
     DTypeName,
     EngineConfig,
@@ -136,6 +137,15 @@ LookAhead = Annotated[
     int,
     _option(SCHEDULE, "--look-ahead", "Layers loading while one computes; 0: serial.", min=0),
 ]
+Attention = Annotated[
+    AttentionPlacement,
+    _option(
+        SCHEDULE,
+        "--attention",
+        "Who attends to KV in host memory. device: it crosses the link. host: the processor, "
+        "beside it. auto: what is predicted to be faster where a GPU is tuned for, else device.",
+    ),
+]
 Threads = Annotated[int | None, _option(SCHEDULE, "--threads", "Default: one per core.", min=1)]
 QueueRequests = Annotated[
     int, _option(QUEUE, "--queue-requests", "Waiting requests before 429.", min=1)
@@ -231,6 +241,7 @@ def engine_config(
     sub_batches: int | None,
     prefill_tokens: int | None,
     look_ahead: int,
+    attention: AttentionPlacement,
     threads: int | None,
     queue: QueueConfig,
 ) -> EngineConfig:
@@ -245,6 +256,7 @@ def engine_config(
         host_memory_bytes=None if host_memory is None else parse_size(host_memory),
         device_memory_bytes=None if device_memory is None else parse_size(device_memory),
         disk_dir=disk_dir,
+        attention=attention,
         n_threads=threads,
         scheduler=SchedulerConfig(
             max_rows=max_rows or DEFAULTS.max_rows,

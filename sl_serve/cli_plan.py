@@ -40,6 +40,7 @@ def plan(
     disk_dir: o.MeasuredDir = None,
     load_format: o.Load = "auto",
     weights: o.Weights = "auto",
+    attention: o.Attention = "auto",
     threads: o.Threads = None,
     as_json: o.ReportJson = False,
 ) -> None:
@@ -52,7 +53,7 @@ def plan(
         torch_dtype,
     )
     from sl_serve.plan.placement import Workload
-    from sl_serve.plan.planner import choose
+    from sl_serve.plan.planner import choose, engine_abilities
     from sl_serve.plan.probe import measurable_folder
     from sl_serve.plan.report import plan_dict, plan_view
     from sl_serve.plan.what_if import what_helps
@@ -70,8 +71,9 @@ def plan(
     sizes = read_sizes(model, settings, *dtypes, formats, has_device)
     workload = Workload(prompt, gen, requests)
     budgets = _budgets(hardware, device_memory, host_memory)
-    chosen = choose(sizes, hardware, budgets, workload)
-    helps = what_helps(sizes, hardware, budgets, workload, chosen)
+    abilities = engine_abilities(attention)
+    chosen = choose(sizes, hardware, budgets, workload, abilities)
+    helps = what_helps(sizes, hardware, budgets, workload, chosen, abilities)
     if as_json:
         print(json.dumps(plan_dict(sizes, hardware, budgets, workload, chosen, helps)))
     else:

@@ -18,7 +18,7 @@ class Half(NamedTuple):
     layer: int
     part: int  # which sub-batch
     is_first: bool  # up to attention
-    ends_layer: bool = False  # no other half needs the layer after this one
+    ends_layer: bool  # no other half needs the layer after this one
 
 
 def halves(n_layers: int, is_beside: Sequence[bool]) -> Iterator[Half]:
@@ -31,10 +31,10 @@ def halves(n_layers: int, is_beside: Sequence[bool]) -> Iterator[Half]:
     for layer in range(n_layers):
         for part in range(n):
             if is_beside[part] and layer:
-                yield Half(layer - 1, part, is_first=False, ends_layer=part == last)
-            yield Half(layer, part, is_first=True)
+                yield Half(layer - 1, part, False, part == last)
+            yield Half(layer, part, True, False)
             if not is_beside[part]:
-                yield Half(layer, part, is_first=False, ends_layer=part == last)
+                yield Half(layer, part, False, part == last)
     for part in range(n):
         if is_beside[part]:
-            yield Half(n_layers - 1, part, is_first=False, ends_layer=part == last)
+            yield Half(n_layers - 1, part, False, part == last)

@@ -14,11 +14,12 @@ from sl_serve.kv.layout import HOST_ATTENTION_ITEMSIZE
 from sl_serve.loader import plan_checkpoint
 from sl_serve.plan.model_reader import read_sizes, stored_formats, torch_dtype
 from sl_serve.plan.placement import Workload
-from sl_serve.plan.planner import Budgets, Plan, choose
+from sl_serve.plan.planner import Budgets, Plan, choose, engine_abilities
 from sl_serve.plan.pools import KVPools, floor_power_of_two
 from sl_serve.plan.probe import Say, measurable_folder, probe
 from sl_serve.plan.probe_compute import Shapes
 from sl_serve.weights.checkpoint import Checkpoint
+from sl_serve.weights.requantised import with_weights
 
 # What is tuned for where nobody says more: many requests of a common length.
 PROMPT_TOKENS, OUTPUT_TOKENS, N_REQUESTS = 512, 128, 1024
@@ -49,9 +50,9 @@ def tune(checkpoint: Checkpoint, config: EngineConfig, say: Say) -> Tuned:
     longest = min(config.max_model_len or settings.max_positions, settings.max_positions)
     prompt = max(1, min(PROMPT_TOKENS, longest - OUTPUT_TOKENS, longest // 2))
     workload = Workload(prompt, max(1, min(OUTPUT_TOKENS, longest - prompt)), N_REQUESTS)
-    formats = stored_formats(checkpoint, has_device=True)
+    formats = stored_formats(with_weights(checkpoint, config.weights), has_device=True)
     sizes = read_sizes(checkpoint.path.name, settings, dtype, dtype, formats, has_device=True)
-    plan = choose(sizes, hardware, budgets, workload)
+    plan = choose(sizes, hardware, budgets, workload, engine_abilities(config.attention))
     return Tuned(_accepted(checkpoint, config, plan, workload), plan)
 
 
@@ -61,6 +62,7 @@ def _accepted(
     """The plan as settings, with fewer rows where the engine's own sum, which counts whole chunks
     of KV, finds them too many. Raises MemoryBudgetError if not even one row fits."""
     placement, rows = plan.placement, plan.placement.rows
+    config = replace(config, attention=placement.attention)
     while True:
         scheduler = replace(
             config.scheduler,

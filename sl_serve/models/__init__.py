@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Generator
-from contextlib import suppress
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -47,9 +46,11 @@ Block = Generator[NewTokens, torch.Tensor, None]
 
 def finish(block: Block, attended: torch.Tensor) -> None:
     """Run the second half of a block."""
-    with suppress(StopIteration):
+    try:
         block.send(attended)
-        raise AssertionError("a block yields once")
+    except StopIteration:
+        return
+    raise AssertionError("a block yields once")
 
 
 def run_block(block: Block, attend: Callable[[NewTokens], torch.Tensor]) -> None:

@@ -47,8 +47,12 @@ class DeviceRoom:
         """Of KV that stays, beside so many layers and the windows for the host's kv_bytes."""
         left = self._left(step) - n_device_layers * self.sizes.layer_bytes
         left -= windows_bytes(self.config, self.pools, step, kv_bytes)
-        useful_bytes = useful_kv_bytes(self.config, self.pools, left)
-        n_chunks = min(left, useful_bytes) // device_kv_spec(self.pools, kv_bytes).chunk_bytes
+        # Chunks are of as many tokens as the host's, whose pools know how many are of use.
+        n_chunks = left // device_kv_spec(self.pools, kv_bytes).chunk_bytes
+        host_chunk_bytes = self.pools.spec(kv_bytes).chunk_bytes
+        most_bytes = n_chunks * host_chunk_bytes
+        useful_bytes = useful_kv_bytes(self.config, self.pools, most_bytes)
+        n_chunks = min(most_bytes, useful_bytes) // host_chunk_bytes
         return n_chunks if n_chunks >= FULL_SLAB_CHUNKS else 0
 
     def most_kv_bytes(self, step: StepMemory, n_device_layers: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sl_serve.kv.layout import HOST_ATTENTION_ITEMSIZE
+
 
 @dataclass(frozen=True, slots=True)
 class LinearBytes:
@@ -43,6 +45,11 @@ class ModelSizes:
     @property
     def kv_token_bytes(self) -> int:
         return self.n_layers * self.kv_token_layer_bytes
+
+    @property
+    def host_kv_token_bytes(self) -> int:
+        """Where the processor attends to it."""
+        return self.n_layers * 2 * self.kv_size * HOST_ATTENTION_ITEMSIZE
 
     @property
     def weights_bytes(self) -> int:

@@ -12,7 +12,9 @@ from sl_serve.plan.memory import MemoryPlan
 from sl_serve.plan.model_sizes import ModelSizes
 from sl_serve.plan.step_memory import (
     expansion_bytes,
+    host_attention_token_bytes,
     logits_lines,
+    n_layer_slots,
     n_layers_in_use,
     n_ring_slots,
 )
@@ -65,8 +67,8 @@ class Placement:
 
 def placement_of(plan: MemoryPlan, workload: Workload) -> Placement:
     """As the engine will run the workload: the plan's cut, with the rows whose KV it holds."""
-    row_bytes = plan.kv.token_bytes * workload.total_tokens
-    device_rows, host_rows = plan.device_kv_bytes // row_bytes, plan.kv_bytes // row_bytes
+    device_rows = plan.device_kv_bytes // (plan.device_kv.token_bytes * workload.total_tokens)
+    host_rows = plan.kv_bytes // (plan.kv.token_bytes * workload.total_tokens)
     rows = max(1, min(plan.max_rows, device_rows + host_rows))
     return Placement(
         n_device_layers=plan.n_device_layers,
@@ -77,6 +79,7 @@ def placement_of(plan: MemoryPlan, workload: Workload) -> Placement:
         prefill_tokens=plan.prefill_tokens,
         look_ahead=plan.look_ahead,
         kv_device_share=min(1.0, device_rows / rows),
+        attention="host" if plan.host_attends else "device",
         head_on_disk=plan.head_on_disk,
     )
 
@@ -124,30 +127,43 @@ def _in_place(model: ModelSizes, placement: Placement, workload: Workload) -> li
 def _on_device(model: ModelSizes, placement: Placement, workload: Workload) -> list[Part]:
     n_device_rows = math.ceil(placement.kv_device_share * placement.total_rows)
     n_host_rows = placement.total_rows - n_device_rows
-    row_bytes = workload.total_tokens * model.kv_token_bytes
+    host_attends = placement.attention == "host"
+    host_token_bytes = model.host_kv_token_bytes if host_attends else model.kv_token_bytes
     windows = n_windows(placement.look_ahead)
-    step_tokens = placement.total_rows + placement.prefill_tokens
-    sub_batch_tokens = min(step_tokens, placement.rows + placement.prefill_tokens)
-    staging = sub_batch_tokens * model.kv_token_layer_bytes if n_host_rows else 0
-    slots = placement.look_ahead + 1 if placement.n_streamed_layers else 0
-    n_in_use = n_layers_in_use(placement.look_ahead, placement.attention == "host")
+    device_staging, host_staging = _staging_bytes(model, placement) if n_host_rows else (0, 0)
+    slots = n_layer_slots(placement.look_ahead, host_attends)
+    n_in_use = n_layers_in_use(placement.look_ahead, host_attends)
     parts = [
         Part("device", "embedding and head", model.static_bytes),
         Part("device", "layers", placement.n_device_layers * model.layer_bytes),
-        Part("device", "layer slots", slots * model.layer_bytes),
+        Part(
+            "device", "layer slots", slots * model.layer_bytes * bool(placement.n_streamed_layers)
+        ),
         Part("device", "expanded layer", expansion_bytes(model.expanded_layer_bytes, n_in_use)),
-        Part("device", "KV cache", n_device_rows * row_bytes),
-        Part("device", "KV staging", windows * staging),
+        Part("device", "KV cache", n_device_rows * workload.total_tokens * model.kv_token_bytes),
+        Part("device", "KV staging", device_staging),
         Part("device", "activations", _activation_bytes(model, placement)),
-        Part("host", "KV cache", n_host_rows * row_bytes),
-        Part("host", "KV staging", HOST_STAGING_BUFFERS * staging),
+        Part("host", "KV cache", n_host_rows * workload.total_tokens * host_token_bytes),
+        Part("host", "KV staging", host_staging),
     ]
-    if placement.attention == "device":
+    if not host_attends:
         # One layer of the rows of a sub-batch whose KV comes from the host.
         rows = min(n_host_rows, placement.rows)
         window = rows * workload.total_tokens * model.kv_token_layer_bytes
         parts.append(Part("device", "KV windows", windows * window))
     return parts
+
+
+def _staging_bytes(model: ModelSizes, placement: Placement) -> tuple[int, int]:
+    """On the device and on the host: for every token of a step where the processor attends, else
+    for those of the largest sub-batch."""
+    if placement.attention == "host":
+        tokens = placement.total_rows + placement.prefill_tokens
+        per_token = host_attention_token_bytes(model.q_size, model.kv_size, model.itemsize)
+        return tokens * per_token[0], tokens * per_token[1]
+    tokens = placement.rows + placement.prefill_tokens
+    n_bytes = tokens * model.kv_token_layer_bytes
+    return n_windows(placement.look_ahead) * n_bytes, HOST_STAGING_BUFFERS * n_bytes
 
 
 def _activation_bytes(model: ModelSizes, placement: Placement) -> int:

@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from sl_serve.config import AttentionPlacement
 from sl_serve.errors import MemoryBudgetError, UserError
 from sl_serve.plan.budget import MIB, exact_size, gib
 from sl_serve.plan.hardware import Hardware
@@ -64,8 +65,13 @@ class Abilities:
     layers_first: bool = False  # KV on the device only beside all layers
 
 
-# Of the engine as it is: the device attends, and keeps KV where it has all layers.
-ENGINE = Abilities(attention=("device",), layers_first=True)
+# Of the engine as it is: KV stays on the device where that has all layers.
+ENGINE = Abilities(layers_first=True)
+
+
+def engine_abilities(attention: AttentionPlacement) -> Abilities:
+    """Of the engine, told where to attend."""
+    return ENGINE if attention == "auto" else replace(ENGINE, attention=(attention,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,14 @@ class Plan:
     parts: tuple[Part, ...]
     prediction: Prediction
     model: ModelSizes  # as placed: with layers as stored, or expanded for good
+    # Of the best placement whose attention is in the other place, if one fits.
+    other_attention: Prediction | None = None
+
+
+class _Candidate(NamedTuple):
+    wall_s: float
+    sizes: ModelSizes
+    placement: Placement
 
 
 def choose(
@@ -95,7 +109,7 @@ def choose(
             "ask for fewer"
         )
     known_steps = cache(lambda rows, prefill: steps_of(workload, rows, prefill))
-    best, best_wall_s = None, math.inf
+    best: dict[AttentionPlace, _Candidate] = {}
     for cut in _grid(workload, hardware.has_device, abilities):
         found = _placed(model, cut, hardware, budgets, workload)
         if found is None:
@@ -105,14 +119,17 @@ def choose(
             continue
         steps = known_steps(min(cut.total_rows, workload.n_requests), cut.prefill_tokens)
         wall_s = total_seconds(sizes, placement, hardware, steps)
-        if wall_s < best_wall_s:
-            best, best_wall_s = found, wall_s
-    if best is None:
+        place = placement.attention
+        if place not in best or wall_s < best[place].wall_s:
+            best[place] = _Candidate(wall_s, sizes, placement)
+    if not best:
         raise _refusal(model, hardware, budgets, workload)
-    sizes, placement = best
-    parts = memory_parts(sizes, placement, workload, hardware.has_device)
-    predicted = predict(sizes, placement, hardware, workload)
-    return Plan(placement, tuple(parts), predicted, sizes)
+    first, *others = sorted(best.values(), key=lambda found: found.wall_s)
+    parts = memory_parts(first.sizes, first.placement, workload, hardware.has_device)
+    predictions = [
+        predict(found.sizes, found.placement, hardware, workload) for found in (first, *others)
+    ]
+    return Plan(first.placement, tuple(parts), predictions[0], first.sizes, *predictions[1:])
 
 
 def _placed(

@@ -12,8 +12,9 @@
     step = longest + (sum of the others) / cells      what is not overlapped is one cell
     step = sum                                        look-ahead 0
 
-Where the processor attends, a sub-batch waits for it and it for the sub-batch: only other
-sub-batches keep both busy, so the longest is at least (compute + attention there) / sub-batches.
+Where the processor attends, host memory takes as long as that needs too. A sub-batch waits for it
+and it for the sub-batch: only other sub-batches keep both busy, so the longest is at least
+(compute + attention there) / sub-batches.
 
 The processor that computes in host memory has neither link nor device: weights and KV are read by
 compute.
@@ -140,12 +141,12 @@ def _with_device(model: ModelSizes, placement: Placement, hardware: Hardware, st
     prefix = steps.prefix_tokens * model.kv_token_bytes * host_share
     down = prefix
     up = steps.n_tokens * model.kv_token_bytes * host_share
-    attended_on_host: Floats = np.zeros(len(prefix))
+    attention_s: Floats = np.zeros(len(prefix))  # by the processor
     if on_host:  # queries and results cross instead of the prefix
         query_bytes = model.n_layers * model.q_size * model.itemsize
         down = steps.n_tokens * query_bytes * host_share
         up = up + down
-        attended_on_host = prefix
+        attention_s = host_share * _host_attention_seconds(model, hardware, steps)
     down = down + placement.n_streamed_layers * model.layer_bytes
     link_down, link_up = _link_seconds(hardware, down, up)
     from_disk = _disk_bytes(model, placement)
@@ -156,9 +157,18 @@ def _with_device(model: ModelSizes, placement: Placement, hardware: Hardware, st
         "link down": link_down,
         "link up": link_up,
         "compute": compute,
-        "host memory": (down + up + attended_on_host + from_disk) / read,
+        "host memory": (down + up + from_disk) / read + attention_s,
     }
-    return Busy(seconds, compute + attended_on_host / read)
+    return Busy(seconds, compute + attention_s)
+
+
+def _host_attention_seconds(model: ModelSizes, hardware: Hardware, steps: Steps) -> Floats:
+    """Of all rows."""
+    rates = hardware.host_attention
+    read = min(rates.prefix_bytes_per_s, hardware.host_read_bytes_per_s)
+    flops = steps.attended_tokens * model.n_layers * model.attention_layer_flops
+    reading_s = steps.prefix_tokens * model.host_kv_token_bytes / read
+    return np.asarray(reading_s + flops / rates.flops_per_s)
 
 
 def _in_place(model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps) -> Busy:

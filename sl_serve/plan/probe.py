@@ -46,6 +46,9 @@ def probe(shapes: Shapes, disk_dir: Path | None, n_threads: int, say: Say) -> Ha
         say(f"disk at {disk_dir}")
         disk_bytes, disk_read = _free_disk_bytes(disk_dir), disk_read_bytes_per_s(disk_dir)
     if torch.cuda.is_available():
+        say("attention by the processor")
+        with torch.inference_mode():
+            host_attention = attention_rates(choose_ops("float32", n_threads), shapes.model)
         say("link and accelerator")
         return probe_device(
             shapes.model,
@@ -54,6 +57,7 @@ def probe(shapes: Shapes, disk_dir: Path | None, n_threads: int, say: Say) -> Ha
             disk_bytes=disk_bytes,
             host_read_bytes_per_s=host_read,
             disk_read_bytes_per_s=disk_read,
+            host_attention=host_attention,
         )
     ops = choose_ops(shapes.compute, n_threads)
     say("matrix products")

@@ -27,6 +27,7 @@ def probe_device(
     disk_bytes: int,
     host_read_bytes_per_s: float,
     disk_read_bytes_per_s: float,
+    host_attention: AttentionRates,
 ) -> Hardware:
     """The first accelerator, beside what is known of the host."""
     device_bytes, _ = torch.cuda.mem_get_info()
@@ -52,6 +53,7 @@ def probe_device(
             attention=AttentionRates(read, GPU_ATTENTION_SHARE * matmul.peak_flops_per_s),
             elementwise_bytes_per_s=read / 2,
             cell_overhead_s=_launch_overhead_s(),
+            host_attention=host_attention,
         )
 
 

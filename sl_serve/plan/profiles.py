@@ -7,7 +7,7 @@ is what large fp16 products reach in long runs, lower where a power limit holds 
 16 lanes, 11 to 13 GB/s for PCI Express 3.0, 24 to 26 for 4.0, about 55 for 5.0; with both
 directions busy each keeps 0.8 of that (a 4090: 10.9 of 13.4 GB/s). Host memory and disk differ from
 box to box: reads at half to two thirds of the nominal rate of the usual DIMMs, one data-centre NVMe
-drive.
+drive. So do the processors beside a card: 8 to 64 cores, 16 to 32 float32 FLOPs a cycle each.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ class _Box(NamedTuple):
     disk_gb: float
     disk_gb_per_s: float
     link_gb_per_s: float
+    gflops: float  # of all cores, float32
 
 
 # A small cloud instance, a workstation, servers of the DDR4 and of the DDR5 generation.
-CLOUD3 = _Box(64, 40, 400, 1.0, 12.3)
-CLOUD4_X8 = _Box(64, 50, 400, 1.0, 13.0)  # cloud instances give the A10G eight lanes
-CLOUD4 = _Box(64, 50, 400, 1.0, 25.0)
-WORKSTATION4 = _Box(128, 55, 2000, 6.0, 25.0)
-SERVER4 = _Box(512, 150, 4000, 6.0, 25.0)
-SERVER5 = _Box(1024, 300, 8000, 12.0, 55.0)
+CLOUD3 = _Box(64, 40, 400, 1.0, 12.3, 400)
+CLOUD4_X8 = _Box(64, 50, 400, 1.0, 13.0, 500)  # cloud instances give the A10G eight lanes
+CLOUD4 = _Box(64, 50, 400, 1.0, 25.0, 500)
+WORKSTATION4 = _Box(128, 55, 2000, 6.0, 25.0, 1000)
+SERVER4 = _Box(512, 150, 4000, 6.0, 25.0, 2000)
+SERVER5 = _Box(1024, 300, 8000, 12.0, 55.0, 4000)
 
 
 def _gpu(name: str, card: _Card, box: _Box) -> Hardware:
@@ -75,6 +76,13 @@ def _gpu(name: str, card: _Card, box: _Box) -> Hardware:
         attention=AttentionRates(read, GPU_ATTENTION_SHARE * matmul.peak_flops_per_s),
         elementwise_bytes_per_s=read / 2,  # each byte is written and read
         cell_overhead_s=GPU_CELL_OVERHEAD_S,
+        host_attention=_cpu_attention(box.host_gb_per_s, box.gflops),
+    )
+
+
+def _cpu_attention(host_gb_per_s: float, gflops: float) -> AttentionRates:
+    return AttentionRates(
+        CPU_ATTENTION_READ_SHARE * host_gb_per_s * GB, CPU_ATTENTION_SHARE * gflops * GB
     )
 
 
@@ -97,9 +105,7 @@ def _cpu(name: str, host_gib: float, host_gb_per_s: float, gflops: float) -> Har
         device_read_bytes_per_s=0.0,
         matmul=matmul,
         head=matmul,
-        attention=AttentionRates(
-            CPU_ATTENTION_READ_SHARE * host_gb_per_s * GB, CPU_ATTENTION_SHARE * gflops * GB
-        ),
+        attention=_cpu_attention(host_gb_per_s, gflops),
         elementwise_bytes_per_s=CPU_ELEMENTWISE_SHARE * host_gb_per_s * GB,
         cell_overhead_s=CPU_CELL_OVERHEAD_S,
     )
@@ -119,7 +125,7 @@ _ALL = (
     # The machine of FlexGen's figures (arXiv 2303.06865, section 6): 16 GB T4, 208 GB DRAM, 1.5 TB
     # SSD at about 2 GB/s read. Copies down at 12.89 GiB/s and products at 21.24 TFLOP/s are the
     # constants its authors fitted for it in their cost model; DRAM: cloud instances of that size.
-    _gpu("t4-flexgen", _Card(15.0, 320, 21.24, 1.0), _Box(208, 60, 1500, 2.0, 13.84)),
+    _gpu("t4-flexgen", _Card(15.0, 320, 21.24, 1.0), _Box(208, 60, 1500, 2.0, 13.84, 800)),
     # Two channels of DDR4-3200 and four AVX2 cores; two of DDR5-5600 and eight.
     _cpu("laptop", 16, 30, 250),
     _cpu("desktop", 64, 55, 600),

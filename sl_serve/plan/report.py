@@ -54,6 +54,7 @@ def plan_view(
     lines = [
         _choice(plan.placement, hardware),
         _speed(workload, plan),
+        *_other_attention(plan),
         _step("a step of decoding", plan.prediction.decode),
         _step("a step of prefill", plan.prediction.prefill),
         "would help: " + (", ".join(map(_help, helps)) or "nothing that was tried"),
@@ -69,6 +70,7 @@ def serve_flags(placement: Placement) -> list[str]:
         f"--max-rows {placement.total_rows}",
         f"--sub-batches {placement.n_sub_batches}",
         f"--prefill-tokens {placement.prefill_tokens}",
+        *(["--attention host"] if placement.attention == "host" else []),
     ]
 
 
@@ -131,6 +133,17 @@ def _speed(workload: Workload, plan: Plan) -> str:
         f"decode {found.decode_tokens_per_s:.3g}, prefill {found.prefill_tokens_per_s:.3g} "
         f"tokens/s; {found.binds} binds"
     )
+
+
+def _other_attention(plan: Plan) -> list[str]:
+    """Why attention is where it is."""
+    other, is_host = plan.other_attention, plan.placement.attention == "host"
+    if other is None:
+        return []
+    return [
+        f"attended to by {'the device' if is_host else 'the processor'} instead: at best "
+        f"{other.tokens_per_s:.3g} tokens/s; {other.binds} binds"
+    ]
 
 
 def _step(what: str, time: StepTime) -> str:

@@ -49,7 +49,12 @@ def _faster(now: Hardware) -> list[tuple[str, Hardware]]:
         link_up_both_bytes_per_s=2 * now.link_up_both_bytes_per_s,
     )
     disk = replace(now, disk_read_bytes_per_s=2 * now.disk_read_bytes_per_s)
-    host = replace(now, host_read_bytes_per_s=2 * now.host_read_bytes_per_s)
+    attention = now.host_attention
+    host = replace(
+        now,
+        host_read_bytes_per_s=2 * now.host_read_bytes_per_s,
+        host_attention=attention._replace(prefix_bytes_per_s=2 * attention.prefix_bytes_per_s),
+    )
     return [
         ("twice the link", link),
         ("twice the disk's rate", disk),

@@ -33,6 +33,7 @@ from tests.engine.running import (
     run,
     steps_of,
 )
+from tests.models import write_tiny_llama
 
 PROMPTS = random_prompts(7, longest=40, seed=5)
 
@@ -170,6 +171,26 @@ def test_memory_is_taken_as_planned_and_not_in_a_step(folder: Path, look_ahead: 
     assert plan.windows_bytes == 0
     device_staging = plan.staging_bytes - plan.staging_host_bytes
     assert device.device_bytes == plan.device_slots_bytes + device_staging
+
+
+def test_a_device_with_a_ceiling_keeps_layers_and_rows(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path, num_hidden_layers=6)
+    expected = one_by_one(tmp_path, PROMPTS)
+    scheduling = attending(max_rows=7, n_sub_batches=2, prefill_chunk_tokens=32)
+    settings = replace(scheduling, kv_memory_bytes=160_000)
+    n_device_layers, n_device_chunks = [], []
+    for ceiling in (900_000, 1_000_000, 1_100_000, 2_000_000):
+        device, found = Memory(), list[Parts]()
+        limited = replace(settings, device_memory_bytes=ceiling)
+        with engine(tmp_path, limited, device, found.append) as running:
+            assert run(running, PROMPTS) == expected
+        plan = found[0].plan
+        assert device.device_bytes <= plan.device_bytes <= ceiling
+        n_device_layers.append(plan.n_device_layers)
+        n_device_chunks.append(plan.n_device_chunks)
+    assert n_device_layers == sorted(n_device_layers)
+    assert 0 < n_device_layers[0] < n_device_layers[-1] == 6
+    assert n_device_chunks[0] == 0 < n_device_chunks[-1]
 
 
 def errors_of(folder: Path, settings: EngineConfig, change: Callable[[Parts], None]) -> set[str]:

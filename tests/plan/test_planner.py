@@ -10,11 +10,20 @@ from hypothesis import strategies as st
 
 from sl_serve.errors import MemoryBudgetError, UserError
 from sl_serve.plan.budget import parse_size
-from sl_serve.plan.hardware import Hardware, MatmulRates
+from sl_serve.plan.hardware import AttentionRates, Hardware, MatmulRates
 from sl_serve.plan.model_reader import read_sizes
 from sl_serve.plan.placement import TIERS, Placement, Workload, memory_parts, tier_bytes
-from sl_serve.plan.planner import ENGINE, Abilities, Budgets, Plan, choose, fill
+from sl_serve.plan.planner import (
+    ENGINE,
+    Abilities,
+    Budgets,
+    Plan,
+    choose,
+    engine_abilities,
+    fill,
+)
 from sl_serve.plan.profiles import PROFILES
+from sl_serve.plan.report import serve_flags
 from sl_serve.plan.what_if import what_helps
 from sl_serve.weights.dummy import open_dummy
 from tests.plan.examples import GB, MB, WORKLOADS, hardware, machines, model, placement, processor
@@ -129,7 +138,11 @@ def test_layers_fill_the_fastest_tier_first() -> None:
 
 
 def test_a_small_model_stays_on_the_device() -> None:
-    machine = hardware(device_bytes=4 * GB, matmul=MatmulRates(((8, 1e11),)))
+    machine = hardware(
+        device_bytes=4 * GB,
+        matmul=MatmulRates(((8, 1e11),)),
+        host_attention=AttentionRates(1e9, 1e10),
+    )
     found = choose(model(), machine, Budgets(4 * GB, 4 * GB, 0), WORK)
     assert (found.placement.n_device_layers, found.placement.kv_device_share) == (10, 1.0)
     assert found.prediction.binds == "compute"
@@ -158,9 +171,38 @@ def test_abilities_bound_the_choice() -> None:
     slow_link = hardware(device_bytes=400 * MB)
     free = choose(model(), slow_link, Budgets.of(slow_link), WORK, Abilities())
     assert (free.placement.attention, free.placement.kv_device_share) != ("device", 0.0)
-    found = choose(model(), slow_link, Budgets.of(slow_link), WORK, ENGINE)
+    told = engine_abilities("device")
+    found = choose(model(), slow_link, Budgets.of(slow_link), WORK, told)
     assert (found.placement.attention, found.placement.kv_device_share) == ("device", 0.0)
     assert found.prediction.tokens_per_s < free.prediction.tokens_per_s
+    assert found.other_attention is None
+
+
+@pytest.mark.parametrize(("host_rate", "place"), [(20e9, "host"), (0.2e9, "device")])
+def test_the_faster_place_attends_and_the_other_is_told(host_rate: float, place: str) -> None:
+    """KV crosses the link at 1 GB/s, in 2 bytes a number; the processor reads 4."""
+    machine = hardware(device_bytes=400 * MB, host_attention=AttentionRates(host_rate, 1e12))
+    budgets = Budgets.of(machine)
+    found = choose(model(), machine, budgets, WORK, ENGINE)
+    assert found.placement.attention == place
+    (other,) = {"host", "device"} - {place}
+    forced = choose(model(), machine, budgets, WORK, engine_abilities(other))
+    assert forced.placement.attention == other
+    assert found.other_attention == forced.prediction
+    assert forced.prediction.tokens_per_s < found.prediction.tokens_per_s
+    flags = serve_flags(found.placement)
+    assert ("--attention host" in flags) == (place == "host")
+
+
+def test_memory_of_attention_by_the_processor_by_hand() -> None:
+    where = placement(kv_device_share=0.0, attention="host", rows=2, n_sub_batches=2)
+    used = tier_bytes(memory_parts(model(), where, WORK, has_device=True))
+    tokens, crossing = 4 + 100, (1000 + 500 + 500 + 1000) * 2  # q, k, v and results
+    activations = 2 * 1000 * 2 + (2 + 100) * 10_000 + 16 * 1000 * 2
+    assert used["device"] == 50 * MB + 3 * 100 * MB + tokens * crossing + activations
+    widened = (1000 + 500 + 500 + 1000) * 4
+    kv = 4 * 1100 * 40_000  # in float32
+    assert used["host"] == 10 * 100 * MB + kv + tokens * (crossing + widened)
 
 
 def test_requests_longer_than_the_context_are_refused() -> None:

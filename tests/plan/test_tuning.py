@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from sl_serve import cli_load, loader, tuning
 from sl_serve.cli import app
-from sl_serve.config import EngineConfig, SchedulerConfig
+from sl_serve.config import AttentionPlacement, EngineConfig, SchedulerConfig
 from sl_serve.errors import UserError
 from sl_serve.plan.placement import Workload
 from sl_serve.plan.planner import Budgets, choose
@@ -75,6 +75,18 @@ def test_it_is_the_planners_best(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = read_sizes("opt-1.3b", settings, torch.float16, torch.float16)
     best = choose(sizes, hardware, Budgets.of(hardware), Workload(512, 128, 1024))
     assert found.plan.placement == best.placement
+
+
+@pytest.mark.parametrize("attention", ["device", "host"])
+def test_attention_is_where_it_is_told_to_be(
+    monkeypatch: pytest.MonkeyPatch, attention: AttentionPlacement
+) -> None:
+    config = EngineConfig(device="cuda", dtype="float16", attention=attention)
+    found = tuned(monkeypatch, "opt-6.7b", "t4", config)
+    assert found.config.attention == found.plan.placement.attention == attention
+    assert found.plan.placement.kv_device_share < 1
+    plan = loader.plan_checkpoint(open_dummy("opt-6.7b"), found.config)
+    assert plan.host_attends == (attention == "host") == (plan.windows_bytes == 0)
 
 
 def test_a_device_that_is_not_there_is_told_before_anything_is_measured(
