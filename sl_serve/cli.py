@@ -47,6 +47,7 @@ def serve(
     cors_origin: o.CorsOrigins = None,
     device: o.Device = "cpu",
     dtype: o.DType = None,
+    kv_dtype: o.KvDType = "auto",
     load_format: o.Load = "auto",
     kv_memory: o.KvMemory = None,
     host_memory: o.HostMemory = None,
@@ -80,6 +81,7 @@ def serve(
     config = o.engine_config(
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         load_format=load_format,
         kv_memory=kv_memory,
         host_memory=host_memory,
@@ -115,6 +117,7 @@ def generate(
     stop: o.Stop = None,
     device: o.Device = "cpu",
     dtype: o.DType = None,
+    kv_dtype: o.KvDType = "auto",
     load_format: o.Load = "auto",
     kv_memory: o.KvMemory = None,
     host_memory: o.HostMemory = None,
@@ -137,6 +140,7 @@ def generate(
     config = o.engine_config(
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         load_format=load_format,
         kv_memory=kv_memory,
         host_memory=host_memory,

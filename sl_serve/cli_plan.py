@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sl_serve import cli_options as o
+from sl_serve.config import KVDTypeName
 from sl_serve.errors import UserError
 from sl_serve.plan.budget import parse_size
 
@@ -39,10 +40,12 @@ def plan(
     host_memory: o.HostMemory = None,
     disk_dir: o.MeasuredDir = None,
     load_format: o.Load = "auto",
+    kv_dtype: o.KvDType = "auto",
     threads: o.Threads = None,
     as_json: o.ReportJson = False,
 ) -> None:
     """Tell what would go where, how fast MODEL would run, and what would help; loads nothing."""
+    from sl_serve.kv.formats import kv_format
     from sl_serve.plan.model_reader import (
         compute_dtype,
         read_sizes,
@@ -59,10 +62,13 @@ def plan(
     with _opened(model, load_format) as checkpoint:
         settings, stored = checkpoint.config, stored_dtype(checkpoint)
         folder = measurable_folder(disk_dir, checkpoint.path)
-        hardware = _profile(profile) if profile else _measured(checkpoint, folder, threads)
+        hardware = (
+            _profile(profile) if profile else _measured(checkpoint, folder, threads, kv_dtype)
+        )
         formats = {} if hardware.has_device else stored_formats(checkpoint)
     compute = compute_dtype(stored, hardware.has_device)
-    sizes = read_sizes(model, settings, torch_dtype(stored), torch_dtype(compute), formats)
+    kv = kv_format(kv_dtype, compute)
+    sizes = read_sizes(model, settings, torch_dtype(stored), torch_dtype(compute), formats, kv)
     workload = Workload(prompt, gen, requests)
     budgets = _budgets(hardware, device_memory, host_memory)
     chosen = choose(sizes, hardware, budgets, workload)
@@ -110,7 +116,9 @@ def _profile(name: str) -> Hardware:
     return PROFILES[name]
 
 
-def _measured(checkpoint: Checkpoint, folder: Path | None, threads: int | None) -> Hardware:
+def _measured(
+    checkpoint: Checkpoint, folder: Path | None, threads: int | None, kv_dtype: KVDTypeName
+) -> Hardware:
     import torch
 
     from sl_serve.plan.model_reader import (
@@ -128,7 +136,7 @@ def _measured(checkpoint: Checkpoint, folder: Path | None, threads: int | None) 
     has_device = torch.cuda.is_available()
     compute = compute_dtype(stored, has_device)
     formats = {} if has_device else stored_formats(checkpoint)
-    shapes = Shapes(checkpoint.config, torch_dtype(stored), compute, formats)
+    shapes = Shapes(checkpoint.config, torch_dtype(stored), compute, formats, kv_dtype)
     with _progress() as say:
         return probe(shapes, folder, n_threads, say)
 

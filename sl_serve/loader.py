@@ -179,7 +179,6 @@ class _Model:
             settings,
             config,
             self._sizes(),
-            torch_dtype(config.dtype).itemsize,
             # Attention reads host memory in place, or one bulk copy takes the prefix over the link.
             "row" if config.device == "cpu" else "position",
             host_budget_bytes(config.host_memory_bytes),
@@ -251,7 +250,7 @@ def _kv_access(plan: MemoryPlan, device: Device, ops: Ops, dtype: torch.dtype) -
     )
     if not plan.n_device_chunks:
         return windows
-    resident = ResidentKV(device, ops, plan.kv, plan.n_device_chunks)
+    resident = ResidentKV(device, ops, plan.device_kv, plan.n_device_chunks, stored=plan.kv.format)
     return TieredKV(device, resident, windows)
 
 

@@ -10,6 +10,7 @@ import torch
 from sl_serve.config import EngineConfig, SchedulerConfig
 from sl_serve.device import device_budget_bytes
 from sl_serve.errors import MemoryBudgetError
+from sl_serve.kv.formats import KV_FORMATS, stored_format
 from sl_serve.loader import plan_checkpoint
 from sl_serve.plan.model_reader import read_sizes, torch_dtype
 from sl_serve.plan.placement import Workload
@@ -38,7 +39,8 @@ def tune(checkpoint: Checkpoint, config: EngineConfig, say: Say) -> Tuned:
     settings, dtype = checkpoint.config, torch_dtype(config.dtype)
     folder = measurable_folder(config.disk_dir, checkpoint.path)
     n_threads = config.n_threads or torch.get_num_threads()
-    hardware = probe(Shapes(settings, dtype, config.dtype), folder, n_threads, say)
+    shapes = Shapes(settings, dtype, config.dtype, kv_dtype=config.kv_dtype)
+    hardware = probe(shapes, folder, n_threads, say)
     budgets = Budgets.of(hardware)
     budgets = replace(
         budgets,
@@ -48,9 +50,9 @@ def tune(checkpoint: Checkpoint, config: EngineConfig, say: Say) -> Tuned:
     longest = min(config.max_model_len or settings.max_positions, settings.max_positions)
     prompt = max(1, min(PROMPT_TOKENS, longest - OUTPUT_TOKENS, longest // 2))
     workload = Workload(prompt, max(1, min(OUTPUT_TOKENS, longest - prompt)), N_REQUESTS)
-    plan = choose(
-        read_sizes(checkpoint.path.name, settings, dtype, dtype), hardware, budgets, workload
-    )
+    kv = stored_format(config)
+    sizes = read_sizes(checkpoint.path.name, settings, dtype, dtype, kv=kv)
+    plan = choose(sizes, hardware, budgets, workload)
     return Tuned(_accepted(checkpoint, config, plan, workload), plan)
 
 
@@ -83,6 +85,6 @@ def _kv_bytes(
     checkpoint: Checkpoint, config: EngineConfig, scheduler: SchedulerConfig, workload: Workload
 ) -> int:
     """For every row at the workload's length."""
-    pools = KVPools(checkpoint.config, torch_dtype(config.dtype).itemsize, "position")
+    pools = KVPools(checkpoint.config, stored_format(config), "position", KV_FORMATS[config.dtype])
     width = floor_power_of_two(scheduler.max_rows // scheduler.n_sub_batches)
     return pools.bytes_for_rows(scheduler.max_rows, workload.total_tokens, width)

@@ -40,6 +40,7 @@ class MemoryPlan:
     static_bytes: int
     static_device_bytes: int  # of static_bytes, what a device with memory of its own holds
     kv: KVSpec
+    device_kv: KVSpec  # the same on a device with memory of its own, as it is computed with
     n_chunks: int  # in host memory
     n_device_chunks: int  # beside them, of rows whose KV stays on the device
     window_chunks: int  # of the host's, what a sub-batch may touch
@@ -63,7 +64,7 @@ class MemoryPlan:
 
     @property
     def device_kv_bytes(self) -> int:
-        return self.n_device_chunks * self.kv.chunk_bytes
+        return self.n_device_chunks * self.device_kv.chunk_bytes
 
     @property
     def device_bytes(self) -> int:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 
 from sl_serve.config import DTypeName, ModelConfig
+from sl_serve.kv.formats import KVFormat
 from sl_serve.models import load_family
 from sl_serve.plan.activations import fit_activations
 from sl_serve.plan.model_sizes import ModelSizes
@@ -49,9 +50,10 @@ def read_sizes(
     stored: torch.dtype,
     compute: torch.dtype,
     formats: Mapping[str, Format] = MappingProxyType({}),
+    kv: KVFormat | None = None,
 ) -> ModelSizes:
     """`stored`: of weights in memory and on disk, but for those with a format of their own, by the
-    checkpoint's name. `compute`: of activations, K and V."""
+    checkpoint's name. `compute`: of activations. `kv`: of K and V; None: as `compute`."""
     family = load_family(model.family)
     params, static = family.layer_params(model), family.static_tensors(model)
     sizes = {
@@ -74,4 +76,5 @@ def read_sizes(
         max_positions=model.max_positions,
         itemsize=compute.itemsize,
         activations=fit_activations(model, compute),
+        stored_kv_bytes=2 * model.n_kv_heads * kv.line_bytes(model.head_dim) if kv else None,
     )

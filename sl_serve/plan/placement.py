@@ -60,8 +60,9 @@ class Placement:
 
 def placement_of(plan: MemoryPlan, workload: Workload) -> Placement:
     """As the engine will run the workload: the plan's cut, with the rows whose KV it holds."""
-    row_bytes = plan.kv.token_bytes * workload.total_tokens
-    device_rows, host_rows = plan.device_kv_bytes // row_bytes, plan.kv_bytes // row_bytes
+    total_tokens = workload.total_tokens
+    host_rows = plan.kv_bytes // (plan.kv.token_bytes * total_tokens)
+    device_rows = plan.device_kv_bytes // (plan.device_kv.token_bytes * total_tokens)
     rows = max(1, min(plan.max_rows, device_rows + host_rows))
     return Placement(
         n_device_layers=plan.n_device_layers,
@@ -120,6 +121,7 @@ def _on_device(model: ModelSizes, placement: Placement, workload: Workload) -> l
     n_device_rows = math.ceil(placement.kv_device_share * placement.total_rows)
     n_host_rows = placement.total_rows - n_device_rows
     row_bytes = workload.total_tokens * model.kv_token_bytes
+    device_row_bytes = workload.total_tokens * model.n_layers * model.device_kv_token_layer_bytes
     windows = n_windows(placement.look_ahead)
     step_tokens = placement.total_rows + placement.prefill_tokens
     sub_batch_tokens = min(step_tokens, placement.rows + placement.prefill_tokens)
@@ -129,7 +131,7 @@ def _on_device(model: ModelSizes, placement: Placement, workload: Workload) -> l
         Part("device", "embedding and head", model.static_bytes),
         Part("device", "layers", placement.n_device_layers * model.layer_bytes),
         Part("device", "layer slots", slots * model.layer_bytes),
-        Part("device", "KV cache", n_device_rows * row_bytes),
+        Part("device", "KV cache", n_device_rows * device_row_bytes),
         Part("device", "KV staging", windows * staging),
         Part("device", "activations", _activation_bytes(model, placement)),
         Part("host", "KV cache", n_host_rows * row_bytes),
@@ -138,8 +140,10 @@ def _on_device(model: ModelSizes, placement: Placement, workload: Workload) -> l
     if placement.attention == "device":
         # One layer of the rows of a sub-batch whose KV comes from the host.
         rows = min(n_host_rows, placement.rows)
-        window = rows * workload.total_tokens * model.kv_token_layer_bytes
-        parts.append(Part("device", "KV windows", windows * window))
+        token_bytes = windows * model.kv_token_layer_bytes
+        if model.kv_is_expanded:
+            token_bytes += model.device_kv_token_layer_bytes
+        parts.append(Part("device", "KV windows", rows * workload.total_tokens * token_bytes))
     return parts
 
 

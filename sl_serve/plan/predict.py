@@ -202,7 +202,16 @@ def _compute_seconds(
     )
     rates = hardware.attention
     attention_s = kv_share * (
-        steps.prefix_tokens * model.kv_token_layer_bytes / rates.prefix_bytes_per_s
+        steps.prefix_tokens * _attended_bytes(model, hardware) / rates.prefix_bytes_per_s
         + steps.attended_tokens * model.attention_layer_flops / rates.flops_per_s
     )
     return np.asarray(model.n_layers * (layer_s + attention_s) + head_s)
+
+
+def _attended_bytes(model: ModelSizes, hardware: Hardware) -> int:
+    """Of a token's K and V at one layer, where the matrix products are made; on a device what is
+    stored otherwise is read, written as it is computed with, and read again."""
+    if not hardware.has_device:
+        return model.kv_token_layer_bytes
+    once = model.device_kv_token_layer_bytes
+    return model.kv_token_layer_bytes + 2 * once if model.kv_is_expanded else once

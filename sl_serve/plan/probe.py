@@ -61,8 +61,8 @@ def probe(shapes: Shapes, disk_dir: Path | None, n_threads: int, say: Say) -> Ha
         matmul, head = matmul_rates(ops, shapes), head_rates(ops, shapes)
     say("attention")
     with torch.inference_mode():
-        attention = attention_rates(ops, shapes.model)
-        cell = cell_rates(ops, shapes.model)
+        attention = attention_rates(ops, shapes.model, shapes.kv)
+        cell = cell_rates(ops, shapes.model, shapes.kv)
     return Hardware(
         name="this machine",
         device_bytes=0,

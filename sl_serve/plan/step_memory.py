@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sl_serve.config import LOGITS_BLOCK_LINES, EngineConfig, ModelConfig
-from sl_serve.kv.layout import HOST_STAGING_BUFFERS, n_windows
+from sl_serve.kv.layout import EXPANSION_BYTES, HOST_STAGING_BUFFERS, n_windows
 from sl_serve.plan.memory import WeightSizes
 from sl_serve.plan.pools import KVPools
 
@@ -24,13 +24,15 @@ class StepMemory(NamedTuple):
     prefill_tokens: int
     workspace_bytes: int
     slots_bytes: int
+    expansion_bytes: int  # what KV passes through when it is expanded
     n_windows: int
     staging_device_bytes: int
     staging_host_bytes: int
 
     @property
     def on_device_bytes(self) -> int:
-        return self.workspace_bytes + self.slots_bytes + self.staging_device_bytes
+        passing = self.slots_bytes + self.staging_device_bytes + self.expansion_bytes
+        return self.workspace_bytes + passing
 
 
 def step_memory(
@@ -72,8 +74,11 @@ def _with_prefill(
     staging = 0 if in_place else tokens * pools.token_layer_bytes
     return StepMemory(
         prefill_tokens=prefill,
-        workspace_bytes=_workspace_bytes(model, tokens, scheduler.max_rows, pools.itemsize),
+        workspace_bytes=_workspace_bytes(
+            model, tokens, scheduler.max_rows, pools.device_format.block_bytes
+        ),
         slots_bytes=0 if in_place else (scheduler.look_ahead + 1) * sizes.layer_bytes,
+        expansion_bytes=EXPANSION_BYTES if windows and pools.is_expanded else 0,
         n_windows=windows,
         staging_device_bytes=windows * staging,
         staging_host_bytes=HOST_STAGING_BUFFERS * staging,

@@ -10,6 +10,7 @@ import torch
 
 from sl_serve.core import Request, RowWork, SamplingParams, SubBatchPlan
 from sl_serve.device import SimDevice
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.host import HostKV
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.pool import Slab
@@ -55,7 +56,8 @@ class Window:
     ) -> None:
         self.random = torch.Generator().manual_seed(7)
         self.n_kv_heads, self.group, self.dtype = n_kv_heads, group, dtype
-        self.spec = KVSpec(N_LAYERS, n_kv_heads, HEAD_DIM, dtype.itemsize, CHUNK_TOKENS, "position")
+        format = KV_FORMATS[str(dtype).removeprefix("torch.")]
+        self.spec = KVSpec(N_LAYERS, n_kv_heads, HEAD_DIM, format, CHUNK_TOKENS, "position")
         self.slabs: dict[int, Slab] = {}
         works: list[RowWork] = []
         n_chunks = 0
@@ -260,7 +262,7 @@ def test_a_table_goes_to_the_device_in_one_copy(case: Case) -> None:
 def test_a_slab_in_pieces_is_a_mistake() -> None:
     window = Window([(1, [(0, 70, 1)])], 1, 1)
     table = window.table
-    broken = RowTable(table.rows, table.chunks * np.array([1, 2, 1]))
+    broken = RowTable(table.rows, table.chunks * np.array([1, 2, 1]), table.format)
     with pytest.raises(AssertionError, match="in one piece"):
         group_rows(broken, window.spec)
 
