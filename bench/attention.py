@@ -121,7 +121,9 @@ def _rows(spec: KVSpec) -> tuple[RowTable, torch.Tensor]:
     width = spec.width_for(CONTEXT_TOKENS, N_ROWS)
     positions = spec.positions(width)
     n_chunks = -(-CONTEXT_TOKENS // positions)
-    request, works, slabs = Request("", [], SamplingParams(), print), [], {}
+    request = Request("", [], SamplingParams(), print)
+    works: list[RowWork] = []
+    slabs: dict[int, Slab] = {}
     for i in range(N_ROWS):
         slab = slabs.setdefault(i // width, Slab(i // width, width, positions))
         works.append(RowWork(request, slab.slab_id, i % width, CONTEXT_TOKENS - 1, 1, True))
