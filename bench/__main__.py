@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bench import disk, gpu
+from bench import attention, disk, gpu
 from bench.cases import CASES, find_case
 from bench.errors import BenchError
 from bench.machine import describe_commit, describe_machine, describe_versions
@@ -130,6 +130,7 @@ def worker(
         json_path.write_text(json.dumps(run_job(case, system, found)))
 
 
+app.command("attention")(attention.run)
 app.command("gpu")(gpu.run)
 app.command("gpu-worker", hidden=True)(gpu.worker)
 app.command("disk")(disk.run)

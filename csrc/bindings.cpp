@@ -54,7 +54,8 @@ class Core {
   }
 
   void append(uintptr_t k, uintptr_t v, int64_t line_stride, uintptr_t rows, int64_t n_rows,
-              uintptr_t chunks, int64_t base, int64_t n_kv_heads, int64_t head_dim) const {
+              uintptr_t chunks, int64_t base, int64_t n_kv_heads, int64_t head_dim,
+              Dtype kv_dtype) const {
     AttentionArgs a{};
     a.k = floats(k);
     a.v = floats(v);
@@ -62,12 +63,14 @@ class Core {
     set_rows(a, rows, n_rows, chunks, base);
     a.n_kv_heads = n_kv_heads;
     a.head_dim = head_dim;
+    a.kv_dtype = kv_dtype;
     kernels_->append(a);
   }
 
   void attend(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, uintptr_t rows,
               int64_t n_rows, uintptr_t chunks, int64_t base, int64_t n_heads,
-              int64_t n_kv_heads, int64_t head_dim, float scale) const {
+              int64_t n_kv_heads, int64_t head_dim, Dtype kv_dtype, float scale, int64_t window,
+              float softcap, uintptr_t slopes) const {
     AttentionArgs a{};
     a.q = floats(q);
     a.q_stride = q_stride;
@@ -77,7 +80,11 @@ class Core {
     a.n_heads = n_heads;
     a.n_kv_heads = n_kv_heads;
     a.head_dim = head_dim;
+    a.kv_dtype = kv_dtype;
     a.scale = scale;
+    a.window = window;
+    a.softcap = softcap;
+    a.slopes = floats(slopes);
     kernels_->attend(a);
   }
 

@@ -17,21 +17,6 @@ struct Row {
   int64_t kv_stride, head_stride, position_stride;
 };
 
-struct AttentionArgs {
-  float* q;  // (tokens, n_heads, head_dim), lines q_stride floats apart
-  const float* k;
-  const float* v;  // (tokens, n_kv_heads, head_dim), lines kv_line_stride floats apart
-  float* out;      // (tokens, n_heads, head_dim), lines out_stride floats apart
-  int64_t q_stride, kv_line_stride, out_stride;
-  const Row* rows;
-  int64_t n_rows;
-  const int64_t* chunks;  // bytes from base, row included
-  int64_t base;           // address of the layer's region
-  int64_t n_heads, n_kv_heads, head_dim;
-  float scale;
-  int n_threads;
-};
-
 // The numbers of a weight; arithmetic is in float32, which holds each of them exactly.
 enum class Dtype {
   float32, bfloat16, float16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k,
@@ -100,6 +85,25 @@ template <int kBits, int kGroup, bool kZero> struct ints {
 template <int kGroup> struct fp8 {
   uint8_t head[4];  // d as a float
   uint8_t qs[kGroup];
+};
+
+struct AttentionArgs {
+  float* q;  // (tokens, n_heads, head_dim), lines q_stride floats apart
+  const float* k;
+  const float* v;  // (tokens, n_kv_heads, head_dim), lines kv_line_stride floats apart
+  float* out;      // (tokens, n_heads, head_dim), lines out_stride floats apart
+  int64_t q_stride, kv_line_stride, out_stride;
+  const Row* rows;
+  int64_t n_rows;
+  const int64_t* chunks;  // bytes from base, row included
+  int64_t base;           // address of the layer's region
+  int64_t n_heads, n_kv_heads, head_dim;
+  float scale;
+  int64_t window;       // a token sees so many positions, its own included
+  float softcap;        // 0: none; else a score s becomes softcap * tanh(s / softcap)
+  const float* slopes;  // null, or of each head: a score gets slope * (position - token's)
+  Dtype kv_dtype;       // plain, q8_0 or q4_1; lines of whole blocks
+  int n_threads;
 };
 
 // c (m, n) = a (m, k) b^T, or c += a b^T; b is (n, k), as checkpoints have it. Strides in elements,

@@ -45,6 +45,7 @@ class Core:
         base: int,
         n_kv_heads: int,
         head_dim: int,
+        kv_dtype: Dtype,
         /,
     ) -> None: ...
     def attend(
@@ -60,7 +61,11 @@ class Core:
         n_heads: int,
         n_kv_heads: int,
         head_dim: int,
+        kv_dtype: Dtype,
         scale: float,
+        window: int,
+        softcap: float,
+        slopes: int,
         /,
     ) -> None: ...
     def rope(

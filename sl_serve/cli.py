@@ -47,6 +47,7 @@ def serve(
     cors_origin: o.CorsOrigins = None,
     device: o.Device = "cpu",
     dtype: o.DType = None,
+    kv_dtype: o.KvDType = "auto",
     load_format: o.Load = "auto",
     weights: o.Weights = "auto",
     kv_memory: o.KvMemory = None,
@@ -82,6 +83,7 @@ def serve(
     config = o.engine_config(
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         load_format=load_format,
         weights=weights,
         kv_memory=kv_memory,
@@ -119,6 +121,7 @@ def generate(
     stop: o.Stop = None,
     device: o.Device = "cpu",
     dtype: o.DType = None,
+    kv_dtype: o.KvDType = "auto",
     load_format: o.Load = "auto",
     weights: o.Weights = "auto",
     kv_memory: o.KvMemory = None,
@@ -143,6 +146,7 @@ def generate(
     config = o.engine_config(
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         load_format=load_format,
         weights=weights,
         kv_memory=kv_memory,

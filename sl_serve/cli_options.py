@@ -11,6 +11,7 @@ from sl_serve.config import (
     DeviceName,
     DTypeName,
     EngineConfig,
+    KVDTypeName,
     LoadFormat,
     QueueConfig,
     SchedulerConfig,
@@ -49,7 +50,15 @@ Device = Annotated[
 ]
 DType = Annotated[
     DTypeName | None,
-    _option(MEMORY, "--dtype", "Arithmetic and KV. Default: bfloat16 on cuda, else float32."),
+    _option(MEMORY, "--dtype", "Arithmetic. Default: bfloat16 on cuda, else float32."),
+]
+KvDType = Annotated[
+    KVDTypeName,
+    _option(
+        MEMORY,
+        "--kv-dtype",
+        "KV cache; auto: as --dtype. int8 and int4: 8.5 and 5 bits a number, scales included.",
+    ),
 ]
 Load = Annotated[
     LoadFormat,
@@ -230,6 +239,7 @@ def engine_config(
     *,
     device: DeviceName,
     dtype: DTypeName | None,
+    kv_dtype: KVDTypeName,
     load_format: LoadFormat,
     weights: str,
     kv_memory: str | None,
@@ -249,6 +259,7 @@ def engine_config(
     return EngineConfig(
         device=device,
         dtype=dtype or ("bfloat16" if device == "cuda" else "float32"),
+        kv_dtype=kv_dtype,
         load_format=load_format,
         weights=weights,
         max_model_len=max_model_len,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sl_serve import cli_options as o
+from sl_serve.config import KVDTypeName
 from sl_serve.errors import UserError
 from sl_serve.plan.budget import parse_size
 
@@ -41,10 +42,12 @@ def plan(
     load_format: o.Load = "auto",
     weights: o.Weights = "auto",
     attention: o.Attention = "auto",
+    kv_dtype: o.KvDType = "auto",
     threads: o.Threads = None,
     as_json: o.ReportJson = False,
 ) -> None:
     """Tell what would go where, how fast MODEL would run, and what would help; loads nothing."""
+    from sl_serve.kv.formats import kv_format
     from sl_serve.plan.model_reader import (
         compute_dtype,
         read_sizes,
@@ -61,14 +64,16 @@ def plan(
     with _opened(model, load_format, weights) as checkpoint:
         settings, stored = checkpoint.config, stored_dtype(checkpoint)
         folder = measurable_folder(disk_dir, checkpoint.path)
-        hardware = _profile(profile) if profile else _measured(checkpoint, folder, threads)
+        hardware = (
+            _profile(profile) if profile else _measured(checkpoint, folder, threads, kv_dtype)
+        )
         has_device = hardware.has_device
         formats = stored_formats(checkpoint, has_device)
     if has_device and formats:
         stored = "bfloat16"  # what blocks are expanded to there, unless --dtype says otherwise
     compute = compute_dtype(stored, has_device)
-    dtypes = torch_dtype(stored), torch_dtype(compute)
-    sizes = read_sizes(model, settings, *dtypes, formats, has_device)
+    dtypes, kv = (torch_dtype(stored), torch_dtype(compute)), kv_format(kv_dtype, compute)
+    sizes = read_sizes(model, settings, *dtypes, formats, has_device, kv)
     workload = Workload(prompt, gen, requests)
     budgets = _budgets(hardware, device_memory, host_memory)
     abilities = engine_abilities(attention)
@@ -118,7 +123,9 @@ def _profile(name: str) -> Hardware:
     return PROFILES[name]
 
 
-def _measured(checkpoint: Checkpoint, folder: Path | None, threads: int | None) -> Hardware:
+def _measured(
+    checkpoint: Checkpoint, folder: Path | None, threads: int | None, kv_dtype: KVDTypeName
+) -> Hardware:
     import torch
 
     from sl_serve.plan.model_reader import (
@@ -136,7 +143,7 @@ def _measured(checkpoint: Checkpoint, folder: Path | None, threads: int | None) 
     has_device = torch.cuda.is_available()
     compute = compute_dtype(stored, has_device)
     formats = {} if has_device else stored_formats(checkpoint)
-    shapes = Shapes(checkpoint.config, torch_dtype(stored), compute, formats)
+    shapes = Shapes(checkpoint.config, torch_dtype(stored), compute, formats, kv_dtype)
     with _progress() as say:
         return probe(shapes, folder, n_threads, say)
 

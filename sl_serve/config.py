@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
+KVDTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 DeviceName = Literal["cpu", "cuda", "sim"]
 # Where KV in host memory is attended to. auto: the device, or what the planner found to be faster.
 AttentionPlacement = Literal["auto", "device", "host"]
@@ -86,6 +87,7 @@ class SchedulerConfig:
 class EngineConfig:
     device: DeviceName = "cpu"
     dtype: DTypeName = "float32"
+    kv_dtype: KVDTypeName = "auto"  # of KV in host memory; auto: as `dtype`
     max_model_len: int | None = None  # None: what the model says, lowered to what memory allows
     kv_memory_bytes: int | None = None  # None: a share of what is free
     host_memory_bytes: int | None = None  # of the whole process; None: what is free

@@ -227,7 +227,6 @@ class _Model:
             settings,
             config,
             self._sizes(),
-            torch_dtype(config.dtype).itemsize,
             # Attention reads host memory in place, or one bulk copy takes the prefix over the link.
             "row" if config.device == "cpu" else "position",
             host_budget_bytes(config.host_memory_bytes),
@@ -334,7 +333,7 @@ def _kv_access(plan: MemoryPlan, device: Device, ops: Ops, dtype: torch.dtype) -
     )
     if not plan.n_device_chunks:
         return windows
-    resident = ResidentKV(device, ops, plan.device_kv, plan.n_device_chunks)
+    resident = ResidentKV(device, ops, plan.device_kv, plan.n_device_chunks, stored=plan.kv.format)
     return TieredKV(device, resident, windows)
 
 
@@ -352,7 +351,7 @@ def _host_attention(
     )
     if not plan.n_device_chunks:
         return on_host
-    resident = ResidentKV(device, ops, plan.device_kv, plan.n_device_chunks)
+    resident = ResidentKV(device, ops, plan.device_kv, plan.n_device_chunks, stored=plan.kv.format)
     return SplitAttention(DeviceAttention(ops, ResidentAccess(device, resident)), on_host)
 
 

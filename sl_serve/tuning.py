@@ -10,7 +10,7 @@ import torch
 from sl_serve.config import EngineConfig, SchedulerConfig
 from sl_serve.device import device_budget_bytes
 from sl_serve.errors import MemoryBudgetError
-from sl_serve.kv.layout import HOST_ATTENTION_ITEMSIZE
+from sl_serve.kv.formats import KV_FORMATS, stored_format
 from sl_serve.loader import plan_checkpoint
 from sl_serve.plan.model_reader import read_sizes, stored_formats, torch_dtype
 from sl_serve.plan.placement import Workload
@@ -40,7 +40,8 @@ def tune(checkpoint: Checkpoint, config: EngineConfig, say: Say) -> Tuned:
     settings, dtype = checkpoint.config, torch_dtype(config.dtype)
     folder = measurable_folder(config.disk_dir, checkpoint.path)
     n_threads = config.n_threads or torch.get_num_threads()
-    hardware = probe(Shapes(settings, dtype, config.dtype), folder, n_threads, say)
+    shapes = Shapes(settings, dtype, config.dtype, kv_dtype=config.kv_dtype)
+    hardware = probe(shapes, folder, n_threads, say)
     budgets = Budgets.of(hardware)
     budgets = replace(
         budgets,
@@ -51,7 +52,9 @@ def tune(checkpoint: Checkpoint, config: EngineConfig, say: Say) -> Tuned:
     prompt = max(1, min(PROMPT_TOKENS, longest - OUTPUT_TOKENS, longest // 2))
     workload = Workload(prompt, max(1, min(OUTPUT_TOKENS, longest - prompt)), N_REQUESTS)
     formats = stored_formats(with_weights(checkpoint, config.weights), has_device=True)
-    sizes = read_sizes(checkpoint.path.name, settings, dtype, dtype, formats, has_device=True)
+    sizes = read_sizes(
+        checkpoint.path.name, settings, dtype, dtype, formats, True, stored_format(config)
+    )
     plan = choose(sizes, hardware, budgets, workload, engine_abilities(config.attention))
     return Tuned(_accepted(checkpoint, config, plan, workload), plan)
 
@@ -86,8 +89,6 @@ def _kv_bytes(
     checkpoint: Checkpoint, config: EngineConfig, scheduler: SchedulerConfig, workload: Workload
 ) -> int:
     """For every row at the workload's length."""
-    itemsize = torch_dtype(config.dtype).itemsize
-    kv_itemsize = HOST_ATTENTION_ITEMSIZE if config.host_attends else itemsize
-    pools = KVPools(checkpoint.config, kv_itemsize, "position", itemsize)
+    pools = KVPools(checkpoint.config, stored_format(config), "position", KV_FORMATS[config.dtype])
     width = floor_power_of_two(scheduler.max_rows // scheduler.n_sub_batches)
     return pools.bytes_for_rows(scheduler.max_rows, workload.total_tokens, width)

@@ -64,4 +64,4 @@ class InPlaceKV:
         return CellKV(self._host.region(layer), self._tables[sub_batch])
 
     def close(self, cell: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.n_bytes_up += k.nbytes + v.nbytes
+        self.n_bytes_up += len(k) * self._host.spec.token_layer_bytes

@@ -37,22 +37,26 @@ class HostKV:
         }
         return row_table(self.spec, plan.rows, slabs, offsets)
 
-    def window_table(self, plan: SubBatchPlan, slabs: Mapping[int, Slab]) -> RowTable:
-        """The sub-batch's rows, relative to the start of a window filled as `prefix` says."""
+    def window_table(
+        self, plan: SubBatchPlan, slabs: Mapping[int, Slab], spec: KVSpec | None = None
+    ) -> RowTable:
+        """The sub-batch's rows, relative to the start of a window filled as `prefix` says; in a
+        window of another `spec`, after its chunks are expanded."""
+        spec = spec or self.spec
         offsets: dict[int, list[int]] = {}
         n_regions = 0
         for slab_id, _, n_after in slab_lengths(plan):
             n_chunks = -(-n_after // slabs[slab_id].positions_per_chunk)
             regions = range(n_regions, n_regions + n_chunks)
-            offsets[slab_id] = [r * self.spec.chunk_layer_bytes for r in regions]
+            offsets[slab_id] = [r * spec.chunk_layer_bytes for r in regions]
             n_regions += n_chunks
-        return row_table(self.spec, plan.rows, slabs, offsets)
+        return row_table(spec, plan.rows, slabs, offsets)
 
     def region(self, layer: int) -> KVRegion:
         return KVRegion(self.memory, layer * self.spec.chunk_layer_bytes)
 
     def scatter(self, layer: int, offsets: Int64Array, tokens: torch.Tensor) -> None:
-        """Put K and V of new tokens, bytes of (T, 2, Hk, D), where `offsets` (T, 2) says, in
+        """Put K and V of new tokens, lines (T, 2, Hk), where `offsets` (T, 2) says, in
         "position" order.
 
         A line is all heads of K or of V of one token. As opaque items, each is one memmove: 14

@@ -20,7 +20,7 @@ from sl_serve.kv.pool import Slab
 from sl_serve.kv.rows import RowTable
 from sl_serve.ops import Ops
 
-HOST_DTYPE = torch.float32  # of the KV and of what is computed with it here
+HOST_DTYPE = torch.float32  # of what is computed with here, whatever KV is stored as
 
 
 class _SubBatch(NamedTuple):
@@ -59,7 +59,7 @@ class HostAttention:
         """`ops`: the processor's. `dtype`: the device's. `max_tokens`: of a step. `is_beside`:
         other cells may run while one is attended to."""
         spec = host.spec
-        assert ops.dtype == HOST_DTYPE and spec.itemsize == HOST_DTYPE.itemsize
+        assert ops.dtype == HOST_DTYPE
         self._device, self._ops, self._host = device, ops, host
         self._n_kv_heads, self._is_beside = spec.n_kv_heads, is_beside
         heads = [n_heads, spec.n_kv_heads, spec.n_kv_heads]

@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from sl_serve.kv.formats import KVFormat
+
 KVOrder = Literal["position", "row"]
 
 # Chunks of a slab whose rows have reached their expected length: enough of them that it grows in
@@ -28,9 +30,8 @@ FULL_SLAB_CHUNKS = 4
 # On a device with memory of its own: arrivals of new tokens that may be under way before the host
 # must put one in its place.
 HOST_STAGING_BUFFERS = 4
-
-
-HOST_ATTENTION_ITEMSIZE = 4  # bytes of an element of KV that the processor attends to: float32
+# There, what numbers pass through on their way from a short format to that of the arithmetic.
+EXPANSION_BYTES = 32 << 20
 
 
 def n_windows(look_ahead: int) -> int:
@@ -54,7 +55,7 @@ class KVSpec:
     n_layers: int
     n_kv_heads: int
     head_dim: int
-    itemsize: int  # bytes per element
+    format: KVFormat
     chunk_tokens: int
     order: KVOrder
 
@@ -62,9 +63,14 @@ class KVSpec:
         assert self.chunk_tokens & (self.chunk_tokens - 1) == 0, "chunk_tokens: a power of two"
 
     @property
+    def line_bytes(self) -> int:
+        """K or V of one head of one token."""
+        return self.format.line_bytes(self.head_dim)
+
+    @property
     def token_layer_bytes(self) -> int:
         """K and V of one token at one layer."""
-        return 2 * self.n_kv_heads * self.head_dim * self.itemsize
+        return 2 * self.n_kv_heads * self.line_bytes
 
     @property
     def token_bytes(self) -> int:
@@ -83,7 +89,7 @@ class KVSpec:
         return self.chunk_tokens // width
 
     def strides(self, width: int) -> KVStrides:
-        head = self.head_dim * self.itemsize
+        head = self.line_bytes
         row = self.n_kv_heads * head
         if self.order == "position":
             return KVStrides(position=2 * width * row, row=row, kv=width * row, head=head)

@@ -9,6 +9,7 @@ import torch
 from sl_serve.core import SubBatchPlan
 from sl_serve.device import Device
 from sl_serve.kv.access import CellKV
+from sl_serve.kv.formats import KVFormat
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.pool import Slab
 from sl_serve.kv.rows import RowTable, row_table
@@ -20,8 +21,11 @@ class ResidentKV:
     """Chunks on the device, layer by layer: [layer][chunk]. A slab's chunks are side by side, so
     one layer of it looks as it would in a window."""
 
-    def __init__(self, device: Device, ops: Ops, spec: KVSpec, n_chunks: int) -> None:
-        self._ops, self._spec = ops, spec
+    def __init__(
+        self, device: Device, ops: Ops, spec: KVSpec, n_chunks: int, stored: KVFormat | None = None
+    ) -> None:
+        """`spec`: of what is computed with. `stored`: of the host's KV, None: the same."""
+        self._ops, self._spec, self._stored = ops, spec, stored
         self._layer_bytes = n_chunks * spec.chunk_layer_bytes
         # What nobody has written is masked, but must be a number.
         self.memory = device.empty(spec.n_layers * self._layer_bytes).zero_()
@@ -31,7 +35,7 @@ class ResidentKV:
         region_bytes = self._spec.chunk_layer_bytes
         offsets = {w.slab: [c * region_bytes for c in slabs[w.slab].chunks] for w in plan.rows}
         table = row_table(self._spec, plan.rows, slabs, offsets)
-        return self._ops.prepare(table, self._spec, is_window=False)
+        return self._ops.prepare(table, self._spec, is_window=False, stored=self._stored)
 
     def region(self, layer: int) -> KVRegion:
         return KVRegion(self.memory, layer * self._layer_bytes)

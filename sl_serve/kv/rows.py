@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sl_serve.core import RowWork
+from sl_serve.kv.formats import KVFormat
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.pool import Slab
 
@@ -38,6 +39,7 @@ class RowTable:
 
     rows: Int64Array
     chunks: Int64Array
+    format: KVFormat
 
     def new_token_offsets(self) -> Int64Array:
         """(T, 2) bytes from the base to the keys and to the values of each new token."""
@@ -77,7 +79,7 @@ def row_table(
         n_chunks = -(-work.stop // slab.positions_per_chunk)
         row_offset = work.row * strides.row
         chunks.extend(offset + row_offset for offset in chunk_offsets[work.slab][:n_chunks])
-    return RowTable(rows, np.array(chunks, dtype=np.int64))
+    return RowTable(rows, np.array(chunks, dtype=np.int64), spec.format)
 
 
 ChunkOffsets = Mapping[int, Sequence[int]]

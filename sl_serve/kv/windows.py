@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,16 +12,18 @@ import torch
 from sl_serve.core import SubBatchPlan
 from sl_serve.device import Device, Event, Stream
 from sl_serve.kv.access import CellKV
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.host import HostKV, PrefixPart
 from sl_serve.kv.layout import HOST_STAGING_BUFFERS, n_windows
 from sl_serve.kv.pool import Slab
 from sl_serve.kv.rows import Int64Array, RowTable
 from sl_serve.ops import KVRegion, Ops
+from sl_serve.ops.kv_lines import expand, write_lines
 
 
 class _Window(NamedTuple):
     memory: torch.Tensor  # uint8: the prefix and room for the new tokens
-    staging: torch.Tensor  # uint8: the new tokens as (T, 2, Hk, D), on their way up
+    staging: torch.Tensor  # uint8: the new tokens as lines (T, 2, Hk), on their way up
 
 
 class _Arrival(NamedTuple):
@@ -43,6 +46,10 @@ class WindowedKV:
     stream's event. On the host they arrive in a ring of buffers and are scattered into the slabs
     when their buffer is needed again or a step begins: so a prefix, which is fetched within a
     step, always contains every append of the steps before.
+
+    Where the host stores another format than is computed with, a window holds what was sent, and
+    one more, which only the compute stream touches, holds the cell's prefix expanded. What was sent
+    may be overwritten from then on.
     """
 
     def __init__(
@@ -58,6 +65,8 @@ class WindowedKV:
         """`max_tokens`: of a sub-batch. `n_chunks`: the most that a sub-batch may touch."""
         spec = host.spec
         self._device, self._ops, self._host, self._spec = device, ops, host, spec
+        computed = replace(spec, format=KV_FORMATS[str(dtype).removeprefix("torch.")])
+        self._attended_spec = computed
         self._dtype = dtype
         self._look_ahead = min(look_ahead, 1)
         staging_bytes = max_tokens * spec.token_layer_bytes
@@ -65,6 +74,9 @@ class WindowedKV:
             _Window(device.empty(n_chunks * spec.chunk_layer_bytes), device.empty(staging_bytes))
             for _ in range(n_windows(look_ahead))
         ]
+        self._expanded = None
+        if computed != spec:
+            self._expanded = device.empty(n_chunks * computed.chunk_layer_bytes)
         self._free_staging = deque(
             device.host_empty(staging_bytes) for _ in range(HOST_STAGING_BUFFERS)
         )
@@ -86,7 +98,12 @@ class WindowedKV:
         self._host_offsets = [self._host.table(s, slabs).new_token_offsets() for s in sub_batches]
         self._prefixes = [self._host.prefix(s, slabs) for s in sub_batches]
         self._window_tables = [
-            self._ops.prepare(self._host.window_table(s, slabs), self._spec) for s in sub_batches
+            self._ops.prepare(
+                self._host.window_table(s, slabs, self._attended_spec),
+                self._attended_spec,
+                stored=self._spec.format,
+            )
+            for s in sub_batches
         ]
         self._n_cells = len(sub_batches) * self._spec.n_layers
         self._next_fetch = 0
@@ -104,18 +121,22 @@ class WindowedKV:
         assert loaded is not None
         self._device.wait(Stream.COMPUTE, loaded)
         table = self._window_tables[cell % len(self._window_tables)]
-        return CellKV(KVRegion(self._windows[index].memory, 0), table)
+        if self._expanded is not None:
+            self._expand(cell)
+        return CellKV(KVRegion(self._attended(index), 0), table)
 
     def close(self, cell: int, k: torch.Tensor, v: torch.Tensor) -> None:
         index = cell % len(self._windows)
         stored = self._stored[index]
         if stored is not None:
             self._device.wait(Stream.COMPUTE, stored)
-        n_bytes = k.nbytes + v.nbytes
+        n_bytes = len(k) * self._spec.token_layer_bytes
         staged = self._windows[index].staging[:n_bytes]
-        self._ops.pack_kv(k, v, self._tokens(staged, len(k)))
-        self._device.computed(0.0, (self._windows[index].memory,), "attention")
-        self._computed[index] = computed = self._device.record(Stream.COMPUTE)
+        self._stage(k, v, staged)
+        self._device.computed(0.0, (self._attended(index),), "attention")
+        computed = self._device.record(Stream.COMPUTE)
+        if self._expanded is None:
+            self._computed[index] = computed
         self._device.wait(Stream.STORE, computed)
         if not self._free_staging:
             self._scatter_oldest()
@@ -158,6 +179,32 @@ class WindowedKV:
         self._device.synchronize(arrival.event)
         self._host.scatter(arrival.layer, arrival.offsets, arrival.staging[: arrival.n_bytes])
         self._free_staging.append(arrival.staging)
+
+    def _attended(self, index: int) -> torch.Tensor:
+        return self._windows[index].memory if self._expanded is None else self._expanded
+
+    def _expand(self, cell: int) -> None:
+        assert self._expanded is not None
+        index = cell % len(self._windows)
+        sent, spec = self._windows[index].memory, self._spec
+        sent_lines = sent.view(-1, spec.line_bytes)
+        lines = self._expanded.view(self._dtype).view(-1, spec.head_dim)
+        for part in self._prefixes[cell % len(self._prefixes)]:
+            if part.size_bytes == 0:
+                continue
+            start = part.window_offset_bytes // spec.line_bytes
+            stop = start + part.size_bytes // spec.line_bytes
+            expand(sent_lines[start:stop], spec.format, lines[start:stop])
+        self._device.computed(0.0, (sent,), "KV expansion")
+        self._computed[index] = self._device.record(Stream.COMPUTE)
+
+    def _stage(self, k: torch.Tensor, v: torch.Tensor, staged: torch.Tensor) -> None:
+        if self._expanded is None:
+            self._ops.pack_kv(k, v, self._tokens(staged, len(k)))
+            return
+        lines = staged.view(len(k), 2, self._spec.n_kv_heads, self._spec.line_bytes)
+        for i, x in enumerate((k, v)):
+            lines[:, i] = write_lines(x, self._spec.format)
 
     def _tokens(self, staging: torch.Tensor, n_tokens: int) -> torch.Tensor:
         """The first n_tokens of a staging buffer as (T, 2, Hk, D)."""

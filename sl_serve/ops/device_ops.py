@@ -13,10 +13,13 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from sl_serve.device import Device
+from sl_serve.kv.formats import KVFormat
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import Int64Array, RowTable
-from sl_serve.ops.protocol import KVRegion
+from sl_serve.ops.kv_lines import stored as as_stored
+from sl_serve.ops.protocol import CAUSAL, KVRegion, Scoring
 from sl_serve.ops.row_groups import RowGroup, group_rows
+from sl_serve.ops.scored_attention import scored_attention
 from sl_serve.ops.scratch import Scratch
 from sl_serve.ops.torch_ops import TorchOps
 
@@ -43,6 +46,7 @@ class DeviceTable(RowTable):
 
     lines: torch.Tensor  # (2, T) where the keys and the values of new tokens go
     batches: Sequence[_Batch]
+    stored: KVFormat | None  # of the host, where it has another
 
 
 class DeviceOps(TorchOps):
@@ -56,7 +60,13 @@ class DeviceOps(TorchOps):
         self._device, self._flash = device, flash
         self._scratch = Scratch(dtype, device.torch_device)
 
-    def prepare(self, table: RowTable, spec: KVSpec, is_window: bool = True) -> DeviceTable:
+    def prepare(
+        self,
+        table: RowTable,
+        spec: KVSpec,
+        is_window: bool = True,
+        stored: KVFormat | None = None,
+    ) -> DeviceTable:
         groups = group_rows(table, spec)
         if not is_window:  # a row that takes no part may have its own tokens there
             groups = [replace(g, has_unwritten=False) for g in groups]
@@ -68,7 +78,10 @@ class DeviceOps(TorchOps):
             arrays += [group.lengths, group.queries, group.results]
         on_device = self._upload(arrays)
         batches = [self._batch(g, *on_device[1 + 3 * i : 4 + 3 * i]) for i, g in enumerate(groups)]
-        return DeviceTable(table.rows, table.chunks, on_device[0].view(lines.shape), batches)
+        lines_there = on_device[0].view(lines.shape)
+        if stored == spec.format:
+            stored = None
+        return DeviceTable(table.rows, table.chunks, table.format, lines_there, batches, stored)
 
     def _upload(self, arrays: Sequence[Int64Array]) -> list[torch.Tensor]:
         """All in one copy, each flat."""
@@ -103,6 +116,8 @@ class DeviceOps(TorchOps):
             if batch.group.has_unwritten:
                 for memory in _keys_values(lines, batch.group):
                     memory[:, -1].zero_()
+        if table.stored is not None:
+            k, v = (as_stored(x, table.stored) for x in (k, v))
         self._scatter(lines, table.lines, k, v)
 
     def _scatter(
@@ -113,7 +128,12 @@ class DeviceOps(TorchOps):
         lines.index_copy_(0, targets[1], v)
 
     def attend(
-        self, region: KVRegion, table: RowTable, q: torch.Tensor, n_kv_heads: int
+        self,
+        region: KVRegion,
+        table: RowTable,
+        q: torch.Tensor,
+        n_kv_heads: int,
+        scoring: Scoring = CAUSAL,
     ) -> torch.Tensor:
         assert isinstance(table, DeviceTable)
         n_tokens, n_heads, head_dim = q.shape
@@ -122,21 +142,24 @@ class DeviceOps(TorchOps):
         out = self._scratch("attention", n_tokens + 1, n_heads * head_dim)
         for batch in table.batches:
             k, v = _keys_values(lines, batch.group)
-            out[batch.results] = self._attend(q[batch.queries], k, v, batch)
+            out[batch.results] = self._attend(q[batch.queries], k, v, batch, scoring)
         return out[:n_tokens]
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: _Batch
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: _Batch, scoring: Scoring
     ) -> torch.Tensor:
         """q (B * M, Hq, D), k and v (B, N, Hk, D) -> (B * M, Hq * D)."""
         n_rows, n_new, n_context = batch.group.n_rows, batch.group.n_new, batch.group.n_context
         n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[2], q.shape[2]
         q = q.view(n_rows, n_new, n_heads, head_dim)
         if self._flash is not None:
-            out = self._flash(q, k, v, cache_seqlens=batch.lengths, causal=True)
+            settings = {} if scoring is CAUSAL else _flash_settings(scoring)
+            out = self._flash(q, k, v, cache_seqlens=batch.lengths, causal=True, **settings)
             return out.reshape(-1, n_heads * head_dim)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if n_new == 1:
+        if scoring is not CAUSAL:
+            out = _scored(q.transpose(1, 2), k, v, batch, scoring).transpose(1, 2)
+        elif n_new == 1:
             # Query heads that share keys are as good as queries of one head: nothing to repeat.
             q = q.view(n_rows, n_kv_heads, n_heads // n_kv_heads, head_dim)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.bias)
@@ -149,6 +172,31 @@ class DeviceOps(TorchOps):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _scored(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: _Batch, scoring: Scoring
+) -> torch.Tensor:
+    """q (B, Hq, M, D), k and v (B, Hk, N, D); what no row's window reaches is left out."""
+    group, first = batch.group, 0
+    if scoring.window is not None:
+        takes_part = (group.queries == group.results)[:: group.n_new]
+        shortest = int(group.lengths[takes_part].min())
+        first = max(0, shortest - group.n_new + 1 - scoring.window)
+    own = batch.lengths[:, None] - group.n_new + torch.arange(group.n_new, device=q.device)
+    positions = torch.arange(first, group.n_context, device=q.device)
+    return scored_attention(q, k[:, :, first:], v[:, :, first:], own, positions, scoring)
+
+
+def _flash_settings(scoring: Scoring) -> dict[str, object]:
+    """flash_attn counts a window's tokens to the left of the query's own."""
+    window = (-1, -1) if scoring.window is None else (scoring.window - 1, 0)
+    return {
+        "softmax_scale": scoring.scale,
+        "window_size": window,
+        "softcap": scoring.softcap or 0.0,
+        "alibi_slopes": scoring.slopes,
+    }
 
 
 def find_flash_attention(device: torch.device, dtype: torch.dtype) -> FlashAttention | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sl_serve.kv.rows import FIELDS, RowTable
-from sl_serve.ops.protocol import KVRegion
+from sl_serve.ops.protocol import CAUSAL, KVRegion, Scoring
 from sl_serve.ops.scratch import HostScratch
 from sl_serve.ops.torch_ops import TorchOps
 from sl_serve.weights.formats import plain
@@ -18,6 +18,9 @@ from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight, Rows, Wei
 
 if TYPE_CHECKING:
     from sl_serve._native import Dtype
+
+
+MANY_POSITIONS = 1 << 62
 
 
 class NativeOps(TorchOps):
@@ -96,11 +99,22 @@ class NativeOps(TorchOps):
         _check_heads(k, table)
         assert v.shape == k.shape and v.stride() == k.stride()
         self._core.append(
-            k.data_ptr(), v.data_ptr(), k.stride(0), *_rows(region, table), k.shape[1], k.shape[2]
+            k.data_ptr(),
+            v.data_ptr(),
+            k.stride(0),
+            *_rows(region, table),
+            k.shape[1],
+            k.shape[2],
+            self._weight_dtypes[table.format.blocks],
         )
 
     def attend(
-        self, region: KVRegion, table: RowTable, q: torch.Tensor, n_kv_heads: int
+        self,
+        region: KVRegion,
+        table: RowTable,
+        q: torch.Tensor,
+        n_kv_heads: int,
+        scoring: Scoring = CAUSAL,
     ) -> torch.Tensor:
         _check_heads(q, table)
         n_tokens, n_heads, head_dim = q.shape
@@ -115,7 +129,11 @@ class NativeOps(TorchOps):
             n_heads,
             n_kv_heads,
             head_dim,
-            head_dim**-0.5,
+            self._weight_dtypes[table.format.blocks],
+            scoring.scale_for(head_dim),
+            scoring.window or MANY_POSITIONS,
+            scoring.softcap or 0.0,
+            _slopes(scoring, n_heads),
         )
         return out
 
@@ -155,6 +173,15 @@ def _in_rows(w: Weight) -> bool:
 def _rows(region: KVRegion, table: RowTable) -> tuple[int, int, int, int]:
     base = region.memory.data_ptr() + region.offset_bytes
     return table.rows.ctypes.data, len(table.rows), table.chunks.ctypes.data, base
+
+
+def _slopes(scoring: Scoring, n_heads: int) -> int:
+    """Their address, or 0."""
+    if scoring.slopes is None:
+        return 0
+    _check_lines(scoring.slopes)
+    assert scoring.slopes.shape == (n_heads,)
+    return scoring.slopes.data_ptr()
 
 
 def _check_lines(x: torch.Tensor) -> None:

@@ -6,10 +6,12 @@ same name, for `linear`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
+from sl_serve.kv.formats import KVFormat
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import RowTable
 from sl_serve.weights.quantised import Rows, Weight
@@ -20,6 +22,23 @@ class KVRegion(NamedTuple):
 
     memory: torch.Tensor  # uint8
     offset_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scoring:
+    """How a query weighs keys: softmax over softcap * tanh(scale * q k / softcap) + bias, where
+    the bias of a head is its slope times (the key's position - the query's)."""
+
+    scale: float | None = None  # None: 1/sqrt(D)
+    window: int | None = None  # a token sees the last so many positions, its own included
+    softcap: float | None = None  # None: scores as they are
+    slopes: torch.Tensor | None = None  # (Hq,) float32, on the device (ALiBi, arXiv 2108.12409)
+
+    def scale_for(self, head_dim: int) -> float:
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+
+CAUSAL = Scoring()
 
 
 class Ops(Protocol):
@@ -48,22 +67,35 @@ class Ops(Protocol):
     def pack_kv(self, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         """out (T, 2, Hk, D) = k and v (T, Hk, D), side by side for each token."""
 
-    def prepare(self, table: RowTable, spec: KVSpec, is_window: bool = True) -> RowTable:
+    def prepare(
+        self,
+        table: RowTable,
+        spec: KVSpec,
+        is_window: bool = True,
+        stored: KVFormat | None = None,
+    ) -> RowTable:
         """The table of device memory with all that is looked up in it once per step; `append` and
         `attend` get it for every layer. Tables of memory used in place are not prepared.
 
         `is_window`: what the host has not sent and nobody has written may be anything there, and
         what is written is for this step alone; otherwise all of the memory is numbers, to stay.
+        `stored`: what is appended is first made what comes back from this format, so that a token
+        sees itself as later ones will see it.
         """
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k, v (T, Hk, D) of the new tokens into their rows."""
 
     def attend(
-        self, region: KVRegion, table: RowTable, q: torch.Tensor, n_kv_heads: int
+        self,
+        region: KVRegion,
+        table: RowTable,
+        q: torch.Tensor,
+        n_kv_heads: int,
+        scoring: Scoring = CAUSAL,
     ) -> torch.Tensor:
         """Causal attention of q (T, Hq, D) over each row's KV, new tokens included (they are
-        appended first), scaled by 1/sqrt(D). Returns (T, Hq * D)."""
+        appended first). Returns (T, Hq * D)."""
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Rotate the pairs (i, i + D/2) of x (T, heads, D) in place; cos, sin: (T, D/2)."""

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sl_serve.kv.formats import KVFormat
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import FIELDS, Int64Array, RowTable
-from sl_serve.ops.protocol import KVRegion
+from sl_serve.ops.kv_lines import read_lines, write_lines
+from sl_serve.ops.protocol import CAUSAL, KVRegion, Scoring
+from sl_serve.ops.scored_attention import scored_attention
 from sl_serve.ops.scratch import Scratch
 from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight, Rows, Weight
 
@@ -81,38 +84,47 @@ class TorchOps:
     def pack_kv(self, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         torch.stack((k, v), dim=1, out=out)
 
-    def prepare(self, table: RowTable, spec: KVSpec, is_window: bool = True) -> RowTable:
+    def prepare(
+        self,
+        table: RowTable,
+        spec: KVSpec,
+        is_window: bool = True,
+        stored: KVFormat | None = None,
+    ) -> RowTable:
         return table
 
     def append(self, region: KVRegion, table: RowTable, k: torch.Tensor, v: torch.Tensor) -> None:
-        n_kv_heads = k.shape[1]
-        lines = _head_lines(region, k.dtype, k.shape[2])
+        n_kv_heads, head_dim = k.shape[1:]
+        lines = _head_lines(region, table, head_dim)
         for row, chunks in _rows(table):
             tokens = slice(row["first_token"], row["first_token"] + row["n_new"])
             positions = np.arange(row["start"], row["start"] + row["n_new"])
-            index = _line_index(row, chunks, positions, n_kv_heads, region, k)
-            lines[index[0]] = k[tokens]
-            lines[index[1]] = v[tokens]
+            index = _line_index(row, chunks, positions, n_kv_heads, region, lines.shape[1])
+            lines[index[0]] = write_lines(k[tokens], table.format)
+            lines[index[1]] = write_lines(v[tokens], table.format)
 
     def attend(
-        self, region: KVRegion, table: RowTable, q: torch.Tensor, n_kv_heads: int
+        self,
+        region: KVRegion,
+        table: RowTable,
+        q: torch.Tensor,
+        n_kv_heads: int,
+        scoring: Scoring = CAUSAL,
     ) -> torch.Tensor:
         n_tokens, n_heads, head_dim = q.shape
-        lines = _head_lines(region, q.dtype, head_dim)
+        lines = _head_lines(region, table, head_dim)
         out = torch.empty_like(q)
         for row, chunks in _rows(table):
             tokens = slice(row["first_token"], row["first_token"] + row["n_new"])
             n_context = row["start"] + row["n_new"]
-            index = _line_index(row, chunks, np.arange(n_context), n_kv_heads, region, q)
-            k, v = lines[index[0]], lines[index[1]]  # (context, Hk, D)
-            causal = torch.ones(row["n_new"], n_context, dtype=torch.bool).tril(row["start"])
-            out[tokens] = F.scaled_dot_product_attention(
-                q[tokens].transpose(0, 1)[None],
-                k.transpose(0, 1)[None],
-                v.transpose(0, 1)[None],
-                attn_mask=causal,
-                enable_gqa=n_heads != n_kv_heads,
-            )[0].transpose(0, 1)
+            positions = np.arange(n_context)
+            index = _line_index(row, chunks, positions, n_kv_heads, region, lines.shape[1])
+            kv = read_lines(lines[index], table.format, head_dim).to(q.dtype)
+            k, v = kv.transpose(1, 2)  # (Hk, context, D)
+            own = torch.arange(row["start"], n_context)
+            out[tokens] = scored_attention(
+                q[tokens].transpose(0, 1), k, v, own, torch.arange(n_context), scoring
+            ).transpose(0, 1)
         return out.view(n_tokens, n_heads * head_dim)
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -144,9 +156,9 @@ def _rows(table: RowTable) -> list[tuple[dict[str, int], Int64Array]]:
     return [(r, table.chunks[r["first_chunk"] : e]) for r, e in zip(rows, ends, strict=True)]
 
 
-def _head_lines(region: KVRegion, dtype: torch.dtype, head_dim: int) -> torch.Tensor:
-    """The region's memory as (n, head_dim): every head of every position is one line of it."""
-    return region.memory.view(dtype).view(-1, head_dim)
+def _head_lines(region: KVRegion, table: RowTable, head_dim: int) -> torch.Tensor:
+    """The region's memory as (n, line_bytes): every head of every position is one line of it."""
+    return region.memory.view(-1, table.format.line_bytes(head_dim))
 
 
 def _line_index(
@@ -155,10 +167,9 @@ def _line_index(
     positions: Int64Array,
     n_kv_heads: int,
     region: KVRegion,
-    like: torch.Tensor,
+    line_bytes: int,
 ) -> torch.Tensor:
     """Line numbers (2, positions, heads) of keys and values."""
-    line_bytes = like.shape[2] * like.element_size()
     chunk, within = np.divmod(positions, row["chunk_positions"])
     key_bytes = region.offset_bytes + chunks[chunk] + within * row["position_stride"]
     heads = np.arange(n_kv_heads) * row["head_stride"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fractions import Fraction
 
 from sl_serve.config import EngineConfig, ModelConfig
 from sl_serve.errors import MemoryBudgetError
-from sl_serve.kv.layout import FULL_SLAB_CHUNKS, KVSpec
+from sl_serve.kv.layout import FULL_SLAB_CHUNKS
 from sl_serve.plan.budget import MIB, exact_size, gib
 from sl_serve.plan.kv_size import MARGIN_SHARE, useful_kv_bytes
 from sl_serve.plan.memory import WeightSizes
@@ -48,7 +49,7 @@ class DeviceRoom:
         left = self._left(step) - n_device_layers * self.sizes.layer_bytes
         left -= windows_bytes(self.config, self.pools, step, kv_bytes)
         # Chunks are of as many tokens as the host's, whose pools know how many are of use.
-        n_chunks = left // device_kv_spec(self.pools, kv_bytes).chunk_bytes
+        n_chunks = left // self.pools.device_spec(kv_bytes).chunk_bytes
         host_chunk_bytes = self.pools.spec(kv_bytes).chunk_bytes
         most_bytes = n_chunks * host_chunk_bytes
         useful_bytes = useful_kv_bytes(self.config, self.pools, most_bytes)
@@ -59,7 +60,7 @@ class DeviceRoom:
         """Of KV in host memory, what windows can pass beside so many layers."""
         room = self._left(step) - n_device_layers * self.sizes.layer_bytes
         # Windows for all of it would do in any case; those of sub-batches are smaller.
-        least = room * self.model.n_layers // step.n_windows
+        least = math.floor(room * self.model.n_layers / windows_of(step, self.pools))
         kv_bytes = least * self.config.scheduler.n_sub_batches
         while kv_bytes > least and windows_bytes(self.config, self.pools, step, kv_bytes) > room:
             kv_bytes = max(least, kv_bytes * 9 // 10)
@@ -69,7 +70,8 @@ class DeviceRoom:
         """Beside slots, staging, activations and static weights. Raises MemoryBudgetError."""
         static_bytes = self.sizes.head_bytes + self.sizes.others_bytes
         needed = step.on_device_bytes + static_bytes
-        windows = step.n_windows * self.pools.smallest_bytes // self.model.n_layers
+        share = windows_of(step, self.pools) / self.model.n_layers
+        windows = math.floor(self.pools.smallest_bytes * share)
         if needed + windows > self.usable_bytes:
             passing = step.slots_bytes + step.expansion_bytes
             enough = math.ceil((needed + windows) / (1 - MARGIN_SHARE) / MIB + 1) * MIB
@@ -80,12 +82,6 @@ class DeviceRoom:
                 f"{exact_size(enough)}, or lower --prefill-tokens or --max-rows"
             )
         return self.usable_bytes - needed
-
-
-def device_kv_spec(pools: KVPools, kv_bytes: int) -> KVSpec:
-    """Of KV that stays on the device: chunks of as many tokens as the host's, as windows have
-    them."""
-    return replace(pools.spec(kv_bytes), order="position", itemsize=pools.itemsize)
 
 
 def window_chunks(config: EngineConfig, pools: KVPools, kv_bytes: int) -> int:
@@ -100,4 +96,14 @@ def window_chunks(config: EngineConfig, pools: KVPools, kv_bytes: int) -> int:
 
 def windows_bytes(config: EngineConfig, pools: KVPools, step: StepMemory, kv_bytes: int) -> int:
     region_bytes = pools.spec(kv_bytes).chunk_layer_bytes
-    return step.n_windows * window_chunks(config, pools, kv_bytes) * region_bytes
+    n_chunks = window_chunks(config, pools, kv_bytes)
+    expanded = pools.device_spec(kv_bytes).chunk_layer_bytes if step.n_windows else 0
+    return n_chunks * (step.n_windows * region_bytes + (expanded if pools.is_expanded else 0))
+
+
+def windows_of(step: StepMemory, pools: KVPools) -> Fraction:
+    """How many times a layer of the host's KV they hold; where KV is expanded, once more in the
+    format of the arithmetic."""
+    if not (step.n_windows and pools.is_expanded):
+        return Fraction(step.n_windows)
+    return step.n_windows + Fraction(pools.device_token_layer_bytes, pools.token_layer_bytes)

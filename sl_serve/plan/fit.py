@@ -8,13 +8,9 @@ from typing import NamedTuple
 
 from sl_serve.config import EngineConfig, ModelConfig
 from sl_serve.errors import MemoryBudgetError
-from sl_serve.kv.layout import HOST_ATTENTION_ITEMSIZE, KVOrder
-from sl_serve.plan.device_room import (
-    DeviceRoom,
-    device_kv_spec,
-    window_chunks,
-    windows_bytes,
-)
+from sl_serve.kv.formats import KV_FORMATS, stored_format
+from sl_serve.kv.layout import KVOrder
+from sl_serve.plan.device_room import DeviceRoom, window_chunks, windows_bytes, windows_of
 from sl_serve.plan.kv_size import (
     MARGIN_SHARE,
     Budget,
@@ -35,7 +31,6 @@ def plan_memory(
     model: ModelConfig,
     config: EngineConfig,
     sizes: WeightSizes,
-    itemsize: int,
     order: KVOrder,
     available_bytes: int,
     device_available_bytes: int | None = None,
@@ -45,11 +40,9 @@ def plan_memory(
     `device_available_bytes` None: what the device needs counts as host memory. Raises
     MemoryBudgetError with the sum and what would help.
     """
-    if config.host_attends:
-        pools = KVPools(model, HOST_ATTENTION_ITEMSIZE, "row", itemsize)
-    else:
-        pools = KVPools(model, itemsize, order, itemsize)
-    device = None
+    # The processor attends where KV lies: in the order that it reads fastest.
+    order = "row" if config.host_attends else order
+    pools, device = KVPools(model, stored_format(config), order, KV_FORMATS[config.dtype]), None
     if device_available_bytes is not None:
         usable_bytes = int(device_available_bytes * (1 - MARGIN_SHARE))
         device = DeviceRoom(model, config, sizes, pools, usable_bytes)
@@ -75,7 +68,7 @@ def plan_memory(
         static_bytes=tiers.static_bytes + fit.static_device_bytes,
         static_device_bytes=fit.static_device_bytes,
         kv=spec,
-        device_kv=device_kv_spec(pools, tiers.kv_bytes),
+        device_kv=pools.device_spec(tiers.kv_bytes),
         host_attends=config.host_attends,
         n_chunks=n_chunks,
         n_device_chunks=device.kv_chunks(step, n_device_layers, tiers.kv_bytes) if device else 0,
@@ -84,7 +77,7 @@ def plan_memory(
         device_slots_bytes=step.slots_bytes,
         expansion_bytes=step.expansion_bytes,
         windows_bytes=windows_bytes(config, pools, step, tiers.kv_bytes),
-        staging_bytes=step.staging_device_bytes + step.staging_host_bytes,
+        staging_bytes=step.staging_device_bytes + step.kv_expansion_bytes + step.staging_host_bytes,
         staging_host_bytes=step.staging_host_bytes,
         available_bytes=available_bytes,
         device_available_bytes=device_available_bytes,
@@ -158,12 +151,12 @@ class _Fit:
     def host_budget(self, step: StepMemory, n_device_layers: int) -> Budget:
         """With every layer that is not on the device in host memory."""
         others = step.staging_host_bytes
-        windows = 0
+        windows = Fraction(0)
         if self.in_place:
             others += step.workspace_bytes
         elif self.device is None:
             others += step.on_device_bytes + self.static_device_bytes
-            windows = step.n_windows
+            windows = windows_of(step, self.pools)
         n_layers = self.model.n_layers
         layers = (n_layers - n_device_layers) * self.sizes.layer_bytes
         return Budget(

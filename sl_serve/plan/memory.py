@@ -42,7 +42,7 @@ class MemoryPlan:
     static_bytes: int
     static_device_bytes: int  # of static_bytes, what a device with memory of its own holds
     kv: KVSpec  # in host memory
-    device_kv: KVSpec
+    device_kv: KVSpec  # the same on a device with memory of its own, as it is computed with
     host_attends: bool  # to its KV; else that passes through windows, or there is no device
     n_chunks: int  # in host memory
     n_device_chunks: int  # beside them, of rows whose KV stays on the device

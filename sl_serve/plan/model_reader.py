@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 
 from sl_serve.config import DTypeName, ModelConfig
+from sl_serve.kv.formats import KVFormat
 from sl_serve.models import load_family
 from sl_serve.plan.activations import fit_activations
 from sl_serve.plan.model_sizes import ModelSizes
@@ -52,10 +53,11 @@ def read_sizes(
     compute: torch.dtype,
     formats: Mapping[str, Format] = MappingProxyType({}),
     has_device: bool = False,
+    kv: KVFormat | None = None,
 ) -> ModelSizes:
     """`stored`: of weights in memory and on disk, but for those with a format of their own, by the
-    checkpoint's name; on a device all are computed with in it. `compute`: of activations, K and V.
-    """
+    checkpoint's name; on a device all are computed with in it. `compute`: of activations. `kv`: of
+    K and V; None: as `compute`."""
     family = load_family(model.family)
     params, static = family.layer_params(model), family.static_tensors(model)
     static_formats = {} if has_device else formats
@@ -81,4 +83,5 @@ def read_sizes(
         itemsize=compute.itemsize,
         activations=fit_activations(model, compute),
         expanded_layer_bytes=layout.expanded_bytes if has_device else 0,
+        stored_kv_bytes=2 * model.n_kv_heads * kv.line_bytes(model.head_dim) if kv else None,
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sl_serve.kv.layout import HOST_ATTENTION_ITEMSIZE
-
 
 @dataclass(frozen=True, slots=True)
 class LinearBytes:
@@ -20,7 +18,8 @@ class LinearBytes:
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """A decoder of equal layers. Bytes of weights as stored; `itemsize` is of x, K and V."""
+    """A decoder of equal layers. Bytes of weights as stored; `itemsize` is of x, and of K
+    and V where they are computed with."""
 
     name: str
     n_layers: int
@@ -37,19 +36,28 @@ class ModelSizes:
     itemsize: int
     activations: LinearBytes  # of one layer's pass over a sub-batch, its hidden states included
     expanded_layer_bytes: int = 0  # on a device, of a layer that is not computed with as stored
+    stored_kv_bytes: int | None = None  # K and V of a token at one layer; None: as computed with
 
     @property
     def kv_token_layer_bytes(self) -> int:
+        """As host memory has it."""
+        if self.stored_kv_bytes is None:
+            return self.device_kv_token_layer_bytes
+        return self.stored_kv_bytes
+
+    @property
+    def device_kv_token_layer_bytes(self) -> int:
+        """As a device with memory of its own reads it."""
         return 2 * self.kv_size * self.itemsize
+
+    @property
+    def kv_is_expanded(self) -> bool:
+        """On a device with memory of its own."""
+        return self.kv_token_layer_bytes != self.device_kv_token_layer_bytes
 
     @property
     def kv_token_bytes(self) -> int:
         return self.n_layers * self.kv_token_layer_bytes
-
-    @property
-    def host_kv_token_bytes(self) -> int:
-        """Where the processor attends to it."""
-        return self.n_layers * 2 * self.kv_size * HOST_ATTENTION_ITEMSIZE
 
     @property
     def weights_bytes(self) -> int:

@@ -67,8 +67,9 @@ class Placement:
 
 def placement_of(plan: MemoryPlan, workload: Workload) -> Placement:
     """As the engine will run the workload: the plan's cut, with the rows whose KV it holds."""
-    device_rows = plan.device_kv_bytes // (plan.device_kv.token_bytes * workload.total_tokens)
-    host_rows = plan.kv_bytes // (plan.kv.token_bytes * workload.total_tokens)
+    total_tokens = workload.total_tokens
+    host_rows = plan.kv_bytes // (plan.kv.token_bytes * total_tokens)
+    device_rows = plan.device_kv_bytes // (plan.device_kv.token_bytes * total_tokens)
     rows = max(1, min(plan.max_rows, device_rows + host_rows))
     return Placement(
         n_device_layers=plan.n_device_layers,
@@ -127,8 +128,9 @@ def _in_place(model: ModelSizes, placement: Placement, workload: Workload) -> li
 def _on_device(model: ModelSizes, placement: Placement, workload: Workload) -> list[Part]:
     n_device_rows = math.ceil(placement.kv_device_share * placement.total_rows)
     n_host_rows = placement.total_rows - n_device_rows
+    row_bytes = workload.total_tokens * model.kv_token_bytes
+    device_row_bytes = workload.total_tokens * model.n_layers * model.device_kv_token_layer_bytes
     host_attends = placement.attention == "host"
-    host_token_bytes = model.host_kv_token_bytes if host_attends else model.kv_token_bytes
     windows = n_windows(placement.look_ahead)
     device_staging, host_staging = _staging_bytes(model, placement) if n_host_rows else (0, 0)
     slots = n_layer_slots(placement.look_ahead, host_attends)
@@ -140,17 +142,19 @@ def _on_device(model: ModelSizes, placement: Placement, workload: Workload) -> l
             "device", "layer slots", slots * model.layer_bytes * bool(placement.n_streamed_layers)
         ),
         Part("device", "expanded layer", expansion_bytes(model.expanded_layer_bytes, n_in_use)),
-        Part("device", "KV cache", n_device_rows * workload.total_tokens * model.kv_token_bytes),
+        Part("device", "KV cache", n_device_rows * device_row_bytes),
         Part("device", "KV staging", device_staging),
         Part("device", "activations", _activation_bytes(model, placement)),
-        Part("host", "KV cache", n_host_rows * workload.total_tokens * host_token_bytes),
+        Part("host", "KV cache", n_host_rows * row_bytes),
         Part("host", "KV staging", host_staging),
     ]
     if not host_attends:
         # One layer of the rows of a sub-batch whose KV comes from the host.
         rows = min(n_host_rows, placement.rows)
-        window = rows * workload.total_tokens * model.kv_token_layer_bytes
-        parts.append(Part("device", "KV windows", windows * window))
+        token_bytes = windows * model.kv_token_layer_bytes
+        if model.kv_is_expanded:
+            token_bytes += model.device_kv_token_layer_bytes
+        parts.append(Part("device", "KV windows", rows * workload.total_tokens * token_bytes))
     return parts
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sl_serve.config import ModelConfig
+from sl_serve.kv.formats import KVFormat
 from sl_serve.kv.layout import FULL_SLAB_CHUNKS, KVOrder, KVSpec
 
 # One chunk's layer region: large enough for a link's full rate, small enough to waste little.
@@ -19,13 +20,17 @@ class KVPools:
     there are at least MIN_CHUNKS of a new size when it is first used."""
 
     model: ModelConfig
-    kv_itemsize: int  # bytes per element
+    format: KVFormat  # in host memory
     order: KVOrder
-    itemsize: int  # of what is computed with
+    device_format: KVFormat  # what is computed with
 
     @property
     def token_layer_bytes(self) -> int:
-        return 2 * self.model.kv_size * self.kv_itemsize
+        return 2 * self.model.n_kv_heads * self.format.line_bytes(self.model.head_dim)
+
+    @property
+    def device_token_layer_bytes(self) -> int:
+        return 2 * self.model.n_kv_heads * self.device_format.line_bytes(self.model.head_dim)
 
     @property
     def token_bytes(self) -> int:
@@ -36,6 +41,11 @@ class KVPools:
         """Of a pool that can run anything at all."""
         return self.bytes_for(1)
 
+    @property
+    def is_expanded(self) -> bool:
+        """Whether a device with memory of its own computes with another format."""
+        return self.device_format != self.format
+
     def spec(self, pool_bytes: int) -> KVSpec:
         by_copy = CHUNK_LAYER_BYTES // self.token_layer_bytes
         by_pool = pool_bytes // (MIN_CHUNKS * self.token_bytes)
@@ -45,10 +55,14 @@ class KVPools:
             model.n_layers,
             model.n_kv_heads,
             model.head_dim,
-            self.kv_itemsize,
+            self.format,
             chunk_tokens,
             self.order,
         )
+
+    def device_spec(self, pool_bytes: int) -> KVSpec:
+        """Of the same chunks, as a device with memory of its own computes with them."""
+        return replace(self.spec(pool_bytes), order="position", format=self.device_format)
 
     def tokens_in(self, pool_bytes: int) -> int:
         """The longest request that a pool holds; 0 if it holds none."""

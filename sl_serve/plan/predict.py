@@ -167,7 +167,7 @@ def _host_attention_seconds(model: ModelSizes, hardware: Hardware, steps: Steps)
     rates = hardware.host_attention
     read = min(rates.prefix_bytes_per_s, hardware.host_read_bytes_per_s)
     flops = steps.attended_tokens * model.n_layers * model.attention_layer_flops
-    reading_s = steps.prefix_tokens * model.host_kv_token_bytes / read
+    reading_s = steps.prefix_tokens * model.kv_token_bytes / read
     return np.asarray(reading_s + flops / rates.flops_per_s)
 
 
@@ -215,7 +215,16 @@ def _compute_seconds(
     )
     rates = hardware.attention
     attention_s = kv_share * (
-        steps.prefix_tokens * model.kv_token_layer_bytes / rates.prefix_bytes_per_s
+        steps.prefix_tokens * _attended_bytes(model, hardware) / rates.prefix_bytes_per_s
         + steps.attended_tokens * model.attention_layer_flops / rates.flops_per_s
     )
     return np.asarray(model.n_layers * (layer_s + attention_s) + head_s)
+
+
+def _attended_bytes(model: ModelSizes, hardware: Hardware) -> int:
+    """Of a token's K and V at one layer, where the matrix products are made; on a device what is
+    stored otherwise is read, written as it is computed with, and read again."""
+    if not hardware.has_device:
+        return model.kv_token_layer_bytes
+    once = model.device_kv_token_layer_bytes
+    return model.kv_token_layer_bytes + 2 * once if model.kv_is_expanded else once

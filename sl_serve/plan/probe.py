@@ -47,8 +47,9 @@ def probe(shapes: Shapes, disk_dir: Path | None, n_threads: int, say: Say) -> Ha
         disk_bytes, disk_read = _free_disk_bytes(disk_dir), disk_read_bytes_per_s(disk_dir)
     if torch.cuda.is_available():
         say("attention by the processor")
+        host_ops = choose_ops("float32", n_threads)
         with torch.inference_mode():
-            host_attention = attention_rates(choose_ops("float32", n_threads), shapes.model)
+            host_attention = attention_rates(host_ops, shapes.model, shapes.kv)
         say("link and accelerator")
         return probe_device(
             shapes.model,
@@ -65,8 +66,8 @@ def probe(shapes: Shapes, disk_dir: Path | None, n_threads: int, say: Say) -> Ha
         matmul, head = matmul_rates(ops, shapes), head_rates(ops, shapes)
     say("attention")
     with torch.inference_mode():
-        attention = attention_rates(ops, shapes.model)
-        cell = cell_rates(ops, shapes.model)
+        attention = attention_rates(ops, shapes.model, shapes.kv)
+        cell = cell_rates(ops, shapes.model, shapes.kv)
     return Hardware(
         name="this machine",
         device_bytes=0,

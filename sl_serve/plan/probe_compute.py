@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from sl_serve.config import DTypeName, ModelConfig
+from sl_serve.config import DTypeName, KVDTypeName, ModelConfig
 from sl_serve.host_memory import host_empty
+from sl_serve.kv.formats import KVFormat, kv_format
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import RowTable
 from sl_serve.models import NewTokens, RopeTable, load_family, run_block
@@ -45,6 +46,11 @@ class Shapes:
     stored: torch.dtype
     compute: DTypeName
     formats: Mapping[str, Format] = field(default_factory=dict)  # by checkpoint name, if not stored
+    kv_dtype: KVDTypeName = "auto"
+
+    @property
+    def kv(self) -> KVFormat:
+        return kv_format(self.kv_dtype, self.compute)
 
     def format(self, source: str) -> Format:
         return self.formats.get(source, plain(self.stored))
@@ -110,15 +116,15 @@ def head_rates(ops: Ops, shapes: Shapes) -> MatmulRates:
     return MatmulRates(tuple((rows, rate(rows)) for rows in HEAD_ROWS))
 
 
-def attention_rates(ops: Ops, model: ModelConfig) -> AttentionRates:
+def attention_rates(ops: Ops, model: ModelConfig, format: KVFormat) -> AttentionRates:
     """From two probes: whole prompts, and one new token for each of many rows."""
     q_flops = 4.0 * model.q_size
-    prompts = _rows(ops, model, PREFILL_ROWS, CONTEXT_TOKENS)
+    prompts = _rows(format, model, PREFILL_ROWS, CONTEXT_TOKENS)
     n_pairs = PREFILL_ROWS * CONTEXT_TOKENS * (CONTEXT_TOKENS + 1) / 2
     flops_per_s = n_pairs * q_flops / _attention_seconds(ops, model, prompts)
-    row_bytes = CONTEXT_TOKENS * 2 * model.kv_size * ops.dtype.itemsize
+    row_bytes = CONTEXT_TOKENS * 2 * model.n_kv_heads * format.line_bytes(model.head_dim)
     n_rows = max(1, min(ATTENTION_ROWS, SWEEP_BYTES // row_bytes))
-    seconds = _attention_seconds(ops, model, _rows(ops, model, n_rows, 1))
+    seconds = _attention_seconds(ops, model, _rows(format, model, n_rows, 1))
     arithmetic_s = n_rows * CONTEXT_TOKENS * q_flops / flops_per_s
     reading_s = max(seconds - arithmetic_s, 0.01 * seconds)
     return AttentionRates(n_rows * row_bytes / reading_s, flops_per_s)
@@ -136,18 +142,18 @@ class CellRates(NamedTuple):
     overhead_s: float
 
 
-def cell_rates(ops: Ops, model: ModelConfig) -> CellRates:
+def cell_rates(ops: Ops, model: ModelConfig, format: KVFormat) -> CellRates:
     """From a pass of many tokens and one of a single token."""
     n = ELEMENTWISE_TOKENS
-    one_s, many_s = _cell_seconds(ops, model, 1), _cell_seconds(ops, model, n)
+    one_s, many_s = (_cell_seconds(ops, model, format, tokens) for tokens in (1, n))
     bytes_per_token = fit_activations(model, ops.dtype).per_token
-    bytes_per_token += 2 * model.kv_size * ops.dtype.itemsize
+    bytes_per_token += 2 * model.n_kv_heads * format.line_bytes(model.head_dim)
     growth_s = max(many_s - one_s, 0.01 * many_s)
-    alone = _attention_seconds(ops, model, _rows(ops, model, 1, 1, context=1))
+    alone = _attention_seconds(ops, model, _rows(format, model, 1, 1, context=1))
     return CellRates((n - 1) * bytes_per_token / growth_s, one_s + alone)
 
 
-def _cell_seconds(ops: Ops, model: ModelConfig, n_tokens: int) -> float:
+def _cell_seconds(ops: Ops, model: ModelConfig, format: KVFormat, n_tokens: int) -> float:
     """Norms, activation functions, rotations, new K and V."""
     family = load_family(model.family)
     weights = {
@@ -158,7 +164,7 @@ def _cell_seconds(ops: Ops, model: ModelConfig, n_tokens: int) -> float:
     attended = torch.ones(n_tokens, model.q_size, dtype=ops.dtype)
     angles = torch.ones(n_tokens, model.head_dim // 2)
     rope = None if model.rope is None else RopeTable(angles, angles)
-    rows = _rows(ops, model, n_tokens, 1, context=16)
+    rows = _rows(format, model, n_tokens, 1, context=16)
     without_products = cast(Ops, _WithoutProducts(ops))
 
     def attend(new: NewTokens) -> torch.Tensor:
@@ -198,11 +204,12 @@ class _Rows(NamedTuple):
 
 
 def _rows(
-    ops: Ops, model: ModelConfig, n_rows: int, n_new: int, context: int = CONTEXT_TOKENS
+    format: KVFormat, model: ModelConfig, n_rows: int, n_new: int, context: int = CONTEXT_TOKENS
 ) -> _Rows:
-    spec = KVSpec(1, model.n_kv_heads, model.head_dim, ops.dtype.itemsize, context, order="row")
+    spec = KVSpec(1, model.n_kv_heads, model.head_dim, format, context, order="row")
     memory = host_empty(n_rows * spec.chunk_bytes)
-    memory.view(ops.dtype).fill_(0.01)
+    # Small numbers in any format. Zeros would share one page, and then be read from cache.
+    memory.fill_(0x11)
     strides, index = spec.strides(1), np.arange(n_rows, dtype=np.int64)
     columns = (
         index * n_new,
@@ -215,7 +222,7 @@ def _rows(
         strides.position,
     )
     rows = np.stack([np.broadcast_to(c, n_rows) for c in columns], axis=1)
-    table = RowTable(np.ascontiguousarray(rows), index * spec.chunk_bytes)
+    table = RowTable(np.ascontiguousarray(rows), index * spec.chunk_bytes, format)
     return _Rows(KVRegion(memory, 0), table, n_rows * n_new)
 
 

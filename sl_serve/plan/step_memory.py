@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sl_serve.config import LOGITS_BLOCK_LINES, EngineConfig, ModelConfig
-from sl_serve.kv.layout import HOST_ATTENTION_ITEMSIZE, HOST_STAGING_BUFFERS, n_windows
+from sl_serve.kv.layout import EXPANSION_BYTES, HOST_STAGING_BUFFERS, n_windows
 from sl_serve.ops.torch_ops import EXPANDED_ELEMENTS
 from sl_serve.plan.memory import WeightSizes
 from sl_serve.plan.pools import KVPools
@@ -18,6 +18,7 @@ MIN_LOGITS_LINES = 16  # prompt log probabilities pass through the same buffer
 # Of the memory that is there, what a step's activations may take before the default prefill
 # chunk is made smaller.
 WORKSPACE_SHARE = 0.125
+HOST_ITEMSIZE = 4  # bytes of a number as the processor computes with it: float32
 
 
 class StepMemory(NamedTuple):
@@ -26,14 +27,16 @@ class StepMemory(NamedTuple):
     prefill_tokens: int
     workspace_bytes: int
     slots_bytes: int
-    expansion_bytes: int
+    expansion_bytes: int  # layers in use, expanded
+    kv_expansion_bytes: int  # what KV passes through when it is expanded
     n_windows: int
     staging_device_bytes: int
     staging_host_bytes: int
 
     @property
     def on_device_bytes(self) -> int:
-        passing = self.slots_bytes + self.expansion_bytes + self.staging_device_bytes
+        passing = self.slots_bytes + self.expansion_bytes
+        passing += self.staging_device_bytes + self.kv_expansion_bytes
         return self.workspace_bytes + passing
 
 
@@ -71,22 +74,22 @@ def _with_prefill(
     model: ModelConfig, config: EngineConfig, sizes: WeightSizes, pools: KVPools, prefill: int
 ) -> StepMemory:
     scheduler, in_place = config.scheduler, config.device == "cpu"
-    tokens = scheduler.max_rows + prefill
+    tokens, itemsize = scheduler.max_rows + prefill, pools.device_format.block_bytes
     windows = 0 if in_place or config.host_attends else n_windows(scheduler.look_ahead)
     staging = tokens * pools.token_layer_bytes
     staging_device, staging_host = windows * staging, HOST_STAGING_BUFFERS * staging
     if config.host_attends:
         staging_device, staging_host = (
-            tokens * n
-            for n in host_attention_token_bytes(model.q_size, model.kv_size, pools.itemsize)
+            tokens * n for n in host_attention_token_bytes(model.q_size, model.kv_size, itemsize)
         )
     n_slots = n_layer_slots(scheduler.look_ahead, config.host_attends)
     n_in_use = n_layers_in_use(scheduler.look_ahead, config.host_attends)
     return StepMemory(
         prefill_tokens=prefill,
-        workspace_bytes=_workspace_bytes(model, tokens, scheduler.max_rows, pools.itemsize),
+        workspace_bytes=_workspace_bytes(model, tokens, scheduler.max_rows, itemsize),
         slots_bytes=0 if in_place else n_slots * sizes.layer_bytes,
         expansion_bytes=expansion_bytes(sizes.expanded_layer_bytes, n_in_use),
+        kv_expansion_bytes=EXPANSION_BYTES if windows and pools.is_expanded else 0,
         n_windows=windows,
         staging_device_bytes=staging_device,
         staging_host_bytes=0 if in_place else staging_host,
@@ -105,8 +108,8 @@ def host_attention_token_bytes(q_size: int, kv_size: int, itemsize: int) -> tupl
     q, k, v and the results on either side; as the processor computes with them, the results and,
     where the device's numbers are shorter, the others too."""
     crossing = (2 * q_size + 2 * kv_size) * itemsize
-    widened = q_size + (q_size + 2 * kv_size) * (itemsize != HOST_ATTENTION_ITEMSIZE)
-    return crossing, crossing + widened * HOST_ATTENTION_ITEMSIZE
+    widened = q_size + (q_size + 2 * kv_size) * (itemsize != HOST_ITEMSIZE)
+    return crossing, crossing + widened * HOST_ITEMSIZE
 
 
 def n_layer_slots(look_ahead: int, host_attends: bool) -> int:

@@ -10,11 +10,12 @@ import torch
 
 from sl_serve.core import Request, RowWork, SamplingParams, SubBatchPlan
 from sl_serve.device import SimDevice
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.host import HostKV
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.pool import Slab
 from sl_serve.kv.rows import RowTable
-from sl_serve.ops import KVRegion, Ops, TorchOps, choose_ops
+from sl_serve.ops import KVRegion, Ops, Scoring, TorchOps, choose_ops
 from sl_serve.ops.device_ops import DeviceOps, DeviceTable, find_flash_attention
 from sl_serve.ops.row_groups import group_rows
 from tests.engine.test_ops import causal, relative_error
@@ -55,7 +56,8 @@ class Window:
     ) -> None:
         self.random = torch.Generator().manual_seed(7)
         self.n_kv_heads, self.group, self.dtype = n_kv_heads, group, dtype
-        self.spec = KVSpec(N_LAYERS, n_kv_heads, HEAD_DIM, dtype.itemsize, CHUNK_TOKENS, "position")
+        format = KV_FORMATS[str(dtype).removeprefix("torch.")]
+        self.spec = KVSpec(N_LAYERS, n_kv_heads, HEAD_DIM, format, CHUNK_TOKENS, "position")
         self.slabs: dict[int, Slab] = {}
         works: list[RowWork] = []
         n_chunks = 0
@@ -260,7 +262,7 @@ def test_a_table_goes_to_the_device_in_one_copy(case: Case) -> None:
 def test_a_slab_in_pieces_is_a_mistake() -> None:
     window = Window([(1, [(0, 70, 1)])], 1, 1)
     table = window.table
-    broken = RowTable(table.rows, table.chunks * np.array([1, 2, 1]))
+    broken = RowTable(table.rows, table.chunks * np.array([1, 2, 1]), table.format)
     with pytest.raises(AssertionError, match="in one piece"):
         group_rows(broken, window.spec)
 
@@ -283,3 +285,67 @@ def test_the_ops_of_a_device_are_chosen() -> None:
 def test_flash_attention_is_for_gpus_and_16_bits() -> None:
     assert find_flash_attention(torch.device("cpu"), torch.bfloat16) is None
     assert find_flash_attention(torch.device("cuda"), torch.float32) is None
+
+
+def scored(scoring: Scoring, case: Case, ops: DeviceOps) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is found and what is right, in float64 by definition."""
+    window = Window(case, 2, 3)
+    table = ops.prepare(window.table, window.spec)
+    ops.append(window.region, table, window.k, window.v)
+    found = ops.attend(window.region, table, window.q, 2, scoring)
+    counts = [w.n_new for w in window.plan.rows]
+    new = torch.stack((window.k, window.v), dim=1).double().split(counts)
+    rows = zip(window.q.double().split(counts), window.past, new, strict=True)
+    expected = [
+        causal(q.numpy(), torch.cat((past.double(), tokens)).numpy(), scoring)
+        for q, past, tokens in rows
+    ]
+    return found, torch.from_numpy(np.concatenate(expected))
+
+
+SLOPES = torch.tensor([0.5, 0.03, -0.1, 0.0, 1.0, 0.2])
+SCORINGS = {
+    "scale": Scoring(scale=0.3),
+    "window": Scoring(window=6),
+    "softcap": Scoring(softcap=0.7),
+    "slopes": Scoring(slopes=SLOPES),
+    "everything": Scoring(scale=0.2, window=9, softcap=2.0, slopes=SLOPES),
+}
+every_scoring = pytest.mark.parametrize("scoring", SCORINGS.values(), ids=list(SCORINGS))
+
+
+@every_case
+@every_scoring
+def test_scores_are_those_of_the_definition(case: Case, scoring: Scoring) -> None:
+    found, expected = scored(scoring, case, DeviceOps(SimDevice(), torch.float32))
+    assert relative_error(found, expected.numpy()) <= 1e-5
+
+
+@every_scoring
+def test_flash_attention_is_told_what_scores_are(scoring: Scoring) -> None:
+    """Its window counts tokens to the left of the query's own, and 0 is no cap."""
+
+    def flash_like(q, k, v, *, cache_seqlens, causal, **told):  # type: ignore[no-untyped-def]
+        left, right = told.pop("window_size")
+        assert right == (0 if left >= 0 else -1)
+        understood = Scoring(
+            scale=told.pop("softmax_scale"),
+            window=None if left < 0 else left + 1,
+            softcap=told.pop("softcap") or None,
+            slopes=told.pop("alibi_slopes"),
+        )
+        assert not told
+        rows = [
+            by_definition(
+                query.double().numpy(),
+                torch.stack((keys[:n], values[:n]), dim=1).double().numpy(),
+                understood,
+            )
+            for query, keys, values, n in zip(q, k, v, cache_seqlens.tolist(), strict=True)
+        ]
+        return torch.from_numpy(np.stack(rows)).to(q.dtype).view(q.shape)
+
+    by_definition = causal
+    ops = DeviceOps(SimDevice(), torch.float32, flash_like)
+    found, expected = scored(scoring, CASES["unequal lengths"], ops)
+    assert relative_error(found, expected.numpy()) <= 1e-5

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.layout import KVOrder, KVSpec
 
 FEW = settings(derandomize=True, max_examples=60, deadline=None)
+FLOAT32 = KV_FORMATS["float32"]
 ORDERS: tuple[KVOrder, ...] = ("position", "row")
 
 
@@ -21,7 +23,7 @@ def reshaped(draw: st.DrawFn, orders: tuple[KVOrder, ...] = ORDERS) -> tuple[KVS
         n_layers=draw(st.integers(1, 3)),
         n_kv_heads=draw(st.integers(1, 3)),
         head_dim=draw(st.integers(1, 4)),
-        itemsize=draw(st.sampled_from([1, 2, 4])),
+        format=draw(st.sampled_from([*KV_FORMATS.values()])),
         chunk_tokens=1 << chunk_log,
         order=draw(st.sampled_from(orders)),
     )
@@ -36,7 +38,7 @@ def byte_addresses(spec: KVSpec, width: int, positions: range) -> list[int]:
         p * strides.position + row * strides.row + kv * strides.kv + head * strides.head
         for p, row, kv, head in heads
     ]
-    return [start + byte for start in starts for byte in range(spec.head_dim * spec.itemsize)]
+    return [start + byte for start in starts for byte in range(spec.line_bytes)]
 
 
 @FEW
@@ -60,7 +62,7 @@ AXES = {
 def test_axes_nest_in_the_order_of_the_name(case: tuple[KVSpec, int]) -> None:
     spec, width = case
     sizes = {"position": spec.positions(width), "kv": 2, "row": width, "head": spec.n_kv_heads}
-    sizes["byte"] = spec.head_dim * spec.itemsize
+    sizes["byte"] = spec.line_bytes
     strides = {**spec.strides(width)._asdict(), "byte": 1}
     axes = AXES[spec.order]
     nested = np.empty([sizes[axis] for axis in axes], dtype=np.uint8)
@@ -95,7 +97,7 @@ def test_live_bytes_of_row_order_hold_the_first_positions(
 def test_row_order_keeps_the_keys_of_a_head_in_one_run(case: tuple[KVSpec, int]) -> None:
     spec, width = case
     strides = spec.strides(width)
-    assert strides.position == spec.head_dim * spec.itemsize
+    assert strides.position == spec.line_bytes
     assert strides.head == spec.positions(width) * strides.position
 
 
@@ -103,8 +105,8 @@ def test_row_order_keeps_the_keys_of_a_head_in_one_run(case: tuple[KVSpec, int])
 @given(reshaped())
 def test_a_chunk_holds_as_many_bytes_as_its_tokens_need(case: tuple[KVSpec, int]) -> None:
     spec, width = case
-    elements = spec.n_layers * 2 * spec.n_kv_heads * spec.head_dim
-    assert spec.token_bytes == elements * spec.itemsize
+    lines = spec.n_layers * 2 * spec.n_kv_heads
+    assert spec.token_bytes == lines * spec.format.line_bytes(spec.head_dim)
     assert spec.chunk_bytes == spec.positions(width) * width * spec.token_bytes
 
 
@@ -113,7 +115,7 @@ def test_a_chunk_holds_as_many_bytes_as_its_tokens_need(case: tuple[KVSpec, int]
 def test_width_for_is_the_widest_slab_whose_rows_need_four_chunks_or_fewer(
     chunk_log: int, expected_tokens: int, max_width_log: int
 ) -> None:
-    spec = KVSpec(1, 1, 1, 1, 1 << chunk_log, "position")
+    spec = KVSpec(1, 1, 1, FLOAT32, 1 << chunk_log, "position")
     widths = [1 << i for i in range(max_width_log + 1)]
     fitting = [w for w in widths if w * expected_tokens <= 4 * spec.chunk_tokens]
     assert spec.width_for(expected_tokens, widths[-1]) == max(fitting, default=1)
@@ -121,4 +123,4 @@ def test_width_for_is_the_widest_slab_whose_rows_need_four_chunks_or_fewer(
 
 def test_chunks_that_are_no_power_of_two_are_refused() -> None:
     with pytest.raises(AssertionError, match="power of two"):
-        KVSpec(1, 1, 1, 1, 48, "position")
+        KVSpec(1, 1, 1, FLOAT32, 48, "position")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sl_serve import loader
 from sl_serve.core import Request, RowWork, SamplingParams, StepPlan, SubBatchPlan
 from sl_serve.device import SimDevice
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.layout import FULL_SLAB_CHUNKS, KVSpec
 from sl_serve.kv.pool import RunPool, Slab
 from sl_serve.kv.resident import ResidentKV
@@ -205,7 +206,7 @@ def test_tokens_are_those_of_every_row_on_the_host(
 def test_a_row_that_takes_no_part_keeps_what_it_has() -> None:
     """Between two rows that decode, shorter than it: what a window would zero is its own here."""
     width, n_heads, head_dim = 4, 2, 8
-    spec = KVSpec(1, n_heads, head_dim, 4, 64, "position")
+    spec = KVSpec(1, n_heads, head_dim, KV_FORMATS["float32"], 64, "position")
     device = SimDevice()
     ops = DeviceOps(device, torch.float32)
     kv = ResidentKV(device, ops, spec, 2)

@@ -15,6 +15,7 @@ from sl_serve.config import DeviceName, EngineConfig, ModelConfig, SchedulerConf
 from sl_serve.core import Request, SamplingParams
 from sl_serve.device import SimDevice
 from sl_serve.errors import MemoryBudgetError, UserError
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.loader import load
 from sl_serve.plan.budget import available_bytes, exact_size, gib, parse_size
 from sl_serve.plan.fit import plan_memory
@@ -41,13 +42,14 @@ MODEL = ModelConfig(
 SIZES = WeightSizes(
     layer_bytes=10 * MIB, embedding_bytes=2 * MIB, head_bytes=2 * MIB, others_bytes=1 * MIB
 )
+FLOAT32 = KV_FORMATS["float32"]
 TOKEN_BYTES = 2 * 10 * 4 * 64 * 4  # K and V, layers, heads, elements, bytes
 
 
 def plan(
     available: int, config: EngineConfig | None = None, sizes: WeightSizes = SIZES
 ) -> MemoryPlan:
-    return plan_memory(MODEL, config or EngineConfig(), sizes, 4, "position", available)
+    return plan_memory(MODEL, config or EngineConfig(), sizes, "position", available)
 
 
 def usable(available: int) -> int:
@@ -265,7 +267,7 @@ def test_one_row_may_have_any_length_where_there_is_memory(n_tokens: int) -> Non
     one_row = EngineConfig(scheduler=SchedulerConfig(max_rows=1))
     assert plan(64 * GIB, replace(one_row, max_model_len=n_tokens)).max_model_len == n_tokens
     short = replace(MODEL, max_positions=n_tokens)
-    found = plan_memory(short, one_row, SIZES, 4, "position", 64 * GIB)
+    found = plan_memory(short, one_row, SIZES, "position", 64 * GIB)
     assert found.max_model_len == n_tokens
     assert found.kv_bytes == TOKEN_BYTES * 64 or (
         found.kv_bytes - found.kv.chunk_bytes < n_tokens * TOKEN_BYTES
@@ -277,7 +279,7 @@ def test_one_row_may_have_any_length_where_there_is_memory(n_tokens: int) -> Non
 def test_the_pool_for_some_tokens_is_the_smallest_that_holds_them(
     n_tokens: int, n_layers: int
 ) -> None:
-    pools = KVPools(replace(MODEL, n_layers=n_layers), 4, "row", 4)
+    pools = KVPools(replace(MODEL, n_layers=n_layers), FLOAT32, "row", FLOAT32)
     n_bytes = pools.bytes_for(n_tokens)
     assert pools.tokens_in(n_bytes) >= n_tokens > pools.tokens_in(n_bytes - 1)
 

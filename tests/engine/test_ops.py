@@ -3,17 +3,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
 from sl_serve.core import Request, RowWork, SamplingParams
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.layout import KVOrder, KVSpec
 from sl_serve.kv.pool import Slab
 from sl_serve.kv.rows import RowTable, row_table
-from sl_serve.ops import KVRegion, Ops, TorchOps
+from sl_serve.ops import KVRegion, Ops, Scoring, TorchOps
+from sl_serve.ops.kv_lines import write_lines
 from sl_serve.ops.native_ops import NativeOps
+from sl_serve.ops.protocol import CAUSAL
 
 try:
     from sl_serve._native import targets
@@ -65,17 +69,20 @@ class Batch:
     group: int
     head_dim: int
     dtype: torch.dtype = torch.float32
+    kv: str | None = None  # name of the format; None: as dtype
     seed: int = 0
+    scoring: Scoring = CAUSAL
     works: list[RowWork] = field(default_factory=list)
     slabs: dict[int, Slab] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
+        self.format = KV_FORMATS[self.kv or str(self.dtype).removeprefix("torch.")]
         self.spec = KVSpec(
             N_LAYERS,
             self.n_kv_heads,
             self.head_dim,
-            self.dtype.itemsize,
+            self.format,
             CHUNK_TOKENS,
             self.order,
         )
@@ -112,8 +119,7 @@ class Batch:
         """Write tokens (T, 2, Hk, D) from position `start` on, head by head."""
         slab, strides = self.slabs[work.slab], self.spec.strides(self.slabs[work.slab].width)
         target = memory.numpy()
-        for position, token in enumerate(kv, start):
-            raw = token.contiguous().view(torch.uint8).numpy()
+        for position, raw in enumerate(write_lines(kv, self.format).numpy(), start):
             chunk, within = divmod(position, slab.positions_per_chunk)
             at = slab.chunks[chunk] * self.spec.chunk_bytes + LAYER * self.spec.chunk_layer_bytes
             at += within * strides.position + work.row * strides.row
@@ -151,20 +157,41 @@ class Batch:
         """(T, Hq * D) in float64."""
         queries = self.q.double().split([w.n_new for w in self.works])
         rows = zip(queries, self.past, self.new_tokens, strict=True)
-        out = [causal(q.numpy(), torch.cat((past, new)).double().numpy()) for q, past, new in rows]
+        out = [
+            causal(q.numpy(), self.kept(torch.cat((past, new))), self.scoring)
+            for q, past, new in rows
+        ]
         return np.concatenate(out)
 
+    def kept(self, kv: torch.Tensor) -> Array:
+        """K and V as they come back from memory, by another package's arithmetic."""
+        if self.format.block_elements == 1:
+            return kv.to(getattr(torch, self.format.name)).double().numpy()
+        raw = write_lines(kv, self.format).numpy()
+        numbers = gguf.dequantize(raw, gguf.GGMLQuantizationType[self.format.blocks.upper()])
+        return numbers[..., : self.head_dim].astype(np.float64)
 
-def causal(q: Array, kv: Array) -> Array:
+
+def causal(q: Array, kv: Array, scoring: Scoring = CAUSAL) -> Array:
     """Softmax over every token up to the query's own, which are the last of kv.
 
     q (T, Hq, D), kv (positions, 2, Hk, D) -> (T, Hq * D).
     """
     n_new, n_heads, head_dim = q.shape
+    n_context = len(kv)
     k, v = (np.repeat(kv[:, i], n_heads // kv.shape[2], axis=1) for i in range(2))
-    scores = np.einsum("thd,phd->thp", q, k) / np.sqrt(head_dim)
-    for t in range(n_new - 1):
-        scores[t, :, t + 1 - n_new :] = -np.inf
+    scale = 1 / np.sqrt(head_dim) if scoring.scale is None else scoring.scale
+    scores = np.einsum("thd,phd->thp", q, k) * scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * np.tanh(scores / scoring.softcap)
+    for t in range(n_new):
+        own = n_context - n_new + t
+        if scoring.slopes is not None:
+            distance = np.arange(n_context) - own
+            scores[t] += scoring.slopes.double().numpy()[:, None] * distance
+        scores[t, :, own + 1 :] = -np.inf
+        if scoring.window is not None:
+            scores[t, :, : max(0, own + 1 - scoring.window)] = -np.inf
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
     out: Array = np.einsum("thp,phd->thd", weights, v).reshape(n_new, -1)
@@ -181,7 +208,7 @@ def relative_error(actual: torch.Tensor, expected: Array) -> float:
 
 def append_and_attend(ops: Ops, batch: Batch) -> torch.Tensor:
     ops.append(batch.region, batch.table, batch.k, batch.v)
-    out = ops.attend(batch.region, batch.table, batch.q, batch.n_kv_heads)
+    out = ops.attend(batch.region, batch.table, batch.q, batch.n_kv_heads, batch.scoring)
     return out.clone()  # the next call uses its memory again
 
 

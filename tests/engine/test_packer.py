@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sl_serve.core import Request, RowWork, SamplingParams, StepPlan
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.layout import KVSpec
 from sl_serve.sched.packer import pack
 from sl_serve.sched.residents import Residents
 
 FEW = settings(derandomize=True, max_examples=80, deadline=None)
-SPEC = KVSpec(1, 1, 1, 4, chunk_tokens=16, order="position")
+SPEC = KVSpec(1, 1, 1, KV_FORMATS["float32"], chunk_tokens=16, order="position")
 
 
 class Row(NamedTuple):

@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 
 from sl_serve.core import Request, SamplingParams
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.layout import KVSpec
 from sl_serve.sched.residents import FIRST_STRETCH_TOKENS, Residents, seniority
 
@@ -17,7 +18,7 @@ CHUNK_TOKENS, N_CHUNKS, MAX_ROWS, MAX_WIDTH = 16, 16, 8, 4
 # The longest request just fits alone, but not into a row of a wide slab (80 tokens): those that
 # were expected to be short have to move to a narrower one.
 SIMULATED_CHUNKS, LONGEST_TOKENS = 20, 250
-SPEC = KVSpec(2, 1, 2, 4, CHUNK_TOKENS, "position")
+SPEC = KVSpec(2, 1, 2, KV_FORMATS["float32"], CHUNK_TOKENS, "position")
 
 
 def residents_of(n_chunks: int = N_CHUNKS, max_rows: int = MAX_ROWS) -> Residents:

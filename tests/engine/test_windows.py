@@ -10,6 +10,7 @@ import torch
 
 from sl_serve.core import Request, RowWork, SamplingParams, SubBatchPlan
 from sl_serve.device import SimDevice
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.host import HostKV
 from sl_serve.kv.layout import HOST_STAGING_BUFFERS, KVSpec
 from sl_serve.kv.pool import Slab
@@ -49,7 +50,7 @@ def test_offsets_follow_rows_chunks_and_positions(case: Case) -> None:
 
 
 N_LAYERS, N_HEADS, WIDTH = 5, 2, 4
-SPEC = KVSpec(N_LAYERS, N_HEADS, HEAD_DIM, 4, 32, "position")
+SPEC = KVSpec(N_LAYERS, N_HEADS, HEAD_DIM, KV_FORMATS["float32"], 32, "position")
 SHAPE = (N_LAYERS, 32 // WIDTH, 2, WIDTH, N_HEADS, HEAD_DIM)  # of a chunk
 
 

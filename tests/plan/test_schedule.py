@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sl_serve.core import Request, SamplingParams
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.layout import KVSpec
 from sl_serve.plan import schedule
 from sl_serve.plan.placement import Workload
@@ -23,7 +24,7 @@ FIELDS = ("n_decode", "n_prefill", "n_samples", "n_rows", "prefix_tokens", "atte
 
 def play(workload: Workload, n_rows: int, budget: int) -> list[tuple[int, ...]]:
     """FIELDS of every step, as the engine would make them."""
-    spec = KVSpec(1, 1, 4, 4, chunk_tokens=16, order="row")
+    spec = KVSpec(1, 1, 4, KV_FORMATS["float32"], chunk_tokens=16, order="row")
     residents = Residents(spec, 10_000, n_rows, max_slab_width=1)
     waiting = deque(
         Request(str(i), [0] * workload.prompt_tokens, SamplingParams(), print, sequence_no=i)
