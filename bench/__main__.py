@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bench import attention, disk, gpu
+from bench import attention, disk, gpu, quality
 from bench.cases import CASES, find_case
 from bench.errors import BenchError
 from bench.machine import describe_commit, describe_machine, describe_versions
@@ -133,6 +133,7 @@ def worker(
 app.command("attention")(attention.run)
 app.command("gpu")(gpu.run)
 app.command("gpu-worker", hidden=True)(gpu.worker)
+app.command("quality")(quality.run)
 app.command("disk")(disk.run)
 app.command("disk-worker", hidden=True)(disk.worker)
 

@@ -56,7 +56,7 @@ class Head:
         sampled: dict[str, SampledToken] = {}
         for start in range(0, len(lines), self._block_lines):
             block = slice(start, start + self._block_lines)
-            logits = self._logits(hidden[lines[block]])
+            logits = self.logits(hidden[lines[block]])
             tokens = sample(logits, drawing[block], self._eos_token_ids)
             for request, token in zip(drawing[block], tokens, strict=True):
                 sampled[request.request_id] = token
@@ -77,14 +77,14 @@ class Head:
         found: list[TokenLogprob] = []
         for start in range(0, len(targets), self._block_lines):
             block = targets[start : start + self._block_lines]
-            logits = self._logits(hidden[start : start + len(block)])
+            logits = self.logits(hidden[start : start + len(block)])
             found += prompt_logprobs(logits, block, n_top)
         return found
 
     def close(self) -> None:
         self._weight.close()
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, vocabulary) float32, n <= block_lines; valid until the next call."""
         out = self._buffer[: len(hidden)]
         x = self._head_input(hidden)

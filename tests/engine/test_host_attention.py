@@ -15,6 +15,7 @@ from sl_serve import loader
 from sl_serve.config import EngineConfig
 from sl_serve.core import Request, RowWork, SamplingParams, SubBatchPlan
 from sl_serve.device import Event, SimDevice, Stream
+from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.host import HostKV
 from sl_serve.kv.host_attention import HostAttention
 from sl_serve.kv.layout import KVSpec
@@ -319,7 +320,7 @@ def test_numbers_of_the_device_are_widened_and_the_results_rounded_once(
     dtype: torch.dtype, tolerance: float
 ) -> None:
     """Against float64 attention over all that was sent, two sub-batches of two rows, two layers."""
-    spec = KVSpec(2, N_KV_HEADS, HEAD_DIM, 4, 16, "row")
+    spec = KVSpec(2, N_KV_HEADS, HEAD_DIM, KV_FORMATS["float32"], 16, "row")
     slabs = {i: Slab(i, WIDTH, 16 // WIDTH, chunks=[i, 2 + i]) for i in range(2)}
     host = HostKV(spec, 4)
     attention = HostAttention(SimDevice(), TorchOps(), host, dtype, N_HEADS, 30, is_beside=True)

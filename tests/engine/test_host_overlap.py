@@ -83,10 +83,10 @@ def measure(folder: Path, profile: HardwareProfile, look_ahead: int) -> Measured
 
 # A step of these models: about 1e7 FLOPs of each row, 2 MB down, 0.1 to 0.2 up, 7 to 13 of KV.
 PROFILES = {
-    "link down": HardwareProfile("slow link", 1e9, 1e9, 1e12, 20e9),
-    "host": HardwareProfile("slow memory", 10e9, 10e9, 1e12, 2e9),
-    "compute": HardwareProfile("slow arithmetic", 10e9, 10e9, 10e9, 50e9),
-    "all alike": HardwareProfile("balanced", 1e9, 10e9, 8e9, 4e9),
+    "link down": HardwareProfile("slow link", 1e9, 1e9, 1e12, host_bytes_per_s=20e9),
+    "host": HardwareProfile("slow memory", 10e9, 10e9, 1e12, host_bytes_per_s=2e9),
+    "compute": HardwareProfile("slow arithmetic", 10e9, 10e9, 10e9, host_bytes_per_s=50e9),
+    "all alike": HardwareProfile("balanced", 1e9, 10e9, 8e9, host_bytes_per_s=4e9),
 }
 
 

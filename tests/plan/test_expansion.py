@@ -93,9 +93,9 @@ def test_the_engine_on_the_virtual_clock_takes_the_predicted_time(
     machine = simulate.as_simulated(PROFILES["t4"])
     machine = replace(machine, device_read_bytes_per_s=memory_bytes_per_s)
     checkpoint = open_checkpoint(path)
-    simulated_s = simulate._simulated_decode_s(checkpoint, machine, look_ahead)
+    simulated_s = simulate._simulated_decode_s(checkpoint, machine, look_ahead, "device")
     sizes = simulate._sizes(checkpoint)
-    predicted = simulate._predicted_decode(checkpoint, machine, look_ahead)
+    predicted = simulate._predicted_decode(checkpoint, machine, look_ahead, "device")
     checkpoint.close()
     # The clock knows no time for reading expanded layers again, once per sub-batch.
     reading_s = 4 * simulate.SUB_BATCHES * sizes.computed_layer_bytes / memory_bytes_per_s

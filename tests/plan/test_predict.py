@@ -54,7 +54,7 @@ def test_attention_by_the_processor_sends_queries_instead() -> None:
     up = queries + 4 * 20_000
     assert decode.resource_s["link up"] == pytest.approx(up / 0.5e9)
     assert decode.resource_s["link down"] == pytest.approx(up / 0.5e9 + (1e9 + queries - up) / 1e9)
-    crossing, attended = 1e9 + queries + up, 4 * 1050 * 40_000  # KV in float32 there
+    crossing, attended = 1e9 + queries + up, 4 * 1050 * 20_000
     assert decode.resource_s["host memory"] == pytest.approx((crossing + attended) / 10e9)
     rates = AttentionRates(prefix_bytes_per_s=1e9, flops_per_s=4 * 1051 * 40_000 / 0.25)
     decode = predict(model(), on_host, replace(slow, host_attention=rates), FOUR).decode
@@ -64,7 +64,7 @@ def test_attention_by_the_processor_sends_queries_instead() -> None:
 
 def test_one_sub_batch_waits_for_the_processor() -> None:
     resident = placement(n_device_layers=10, n_host_layers=0, kv_device_share=0.0, attention="host")
-    slow = hardware(host_read_bytes_per_s=0.42e9)  # 168 MB of prefixes: 0.4 s, as compute
+    slow = hardware(host_read_bytes_per_s=0.21e9)  # 84 MB of prefixes: 0.4 s, as compute
     alone = predict(model(), resident, slow, FOUR).decode.step_s
     halves = replace(resident, rows=2, n_sub_batches=2)
     together = predict(model(), halves, slow, FOUR).decode.step_s
