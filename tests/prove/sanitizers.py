@@ -27,7 +27,10 @@ COMPILER = "g++"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
 TESTS = (
     "tests/engine/test_ops.py",
+    "tests/engine/test_kv_formats.py",
     "tests/engine/test_matmul.py",
+    "tests/engine/test_block_matmul.py",
+    "tests/engine/test_group_matmul.py",
     "tests/engine/test_engine.py",
     "tests/engine/test_invariants.py",
 )
