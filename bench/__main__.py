@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from bench import attention, disk, gpu, quality
 from bench.cases import CASES, find_case
 from bench.errors import BenchError
-from bench.machine import describe_commit, describe_machine, describe_versions
+from bench.machine import about_now
 from bench.peers import is_installed
 from bench.runner import SubprocessJob, model_of, run_case
 from bench.worker import run_job
@@ -46,12 +45,7 @@ def run(
     for name in names:
         is_installed(name)  # an unknown name is told before minutes are spent
     progress = Console(stderr=True, log_path=False)
-    about = {
-        "commit": describe_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-    }
+    about = about_now()
     with model_of(case) as model:
         job = SubprocessJob(case, model)
         results = run_case(case, names, repeat, job, progress.log)
@@ -105,13 +99,7 @@ def _write(report: dict[str, Any], json_path: Path | None) -> None:
     """With where and when it was made."""
     if json_path is None:
         return
-    about = {
-        "commit": describe_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-    }
-    json_path.write_text(json.dumps(about | report, indent=2) + "\n")
+    json_path.write_text(json.dumps(about_now() | report, indent=2) + "\n")
 
 
 @app.command(hidden=True)

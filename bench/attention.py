@@ -11,7 +11,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.machine import describe_commit, describe_machine, describe_versions
+from bench.machine import about_now
 from sl_serve.config import ModelConfig
 from sl_serve.core import Request, RowWork, SamplingParams
 from sl_serve.host_memory import host_empty
@@ -53,13 +52,7 @@ def run(
     ]
     Console().print(_table(cases))
     if json_path is not None:
-        about = {
-            "commit": describe_commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": describe_machine(),
-            "versions": describe_versions(),
-        }
-        json_path.write_text(json.dumps(about | {"cases": cases}, indent=2) + "\n")
+        json_path.write_text(json.dumps(about_now() | {"cases": cases}, indent=2) + "\n")
 
 
 def measure(shape: str, format: str, n_threads: int, rounds: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from bench.disk_cases import FEW_REQUESTS, MANY_REQUESTS
 from bench.disk_io import Bandwidth, drop_page_cache, measure_bandwidth, weight_files
 from bench.disk_work import RATES, run_job
 from bench.errors import BenchError
-from bench.machine import describe_commit, describe_machine, describe_versions
+from bench.machine import about_now
 from bench.measurement import Measurement
 from bench.runner import OURS
 from sl_serve.cli import OPENMP_SPINS
@@ -76,10 +75,7 @@ def run(
     folder = _model(model, cache, progress.log)
     files = weight_files(folder)
     about = {
-        "commit": describe_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
+        **about_now(),
         "model": folder.name,
         "file_bytes": sum(file.stat().st_size for file in files),
         "host_memory_bytes": host_memory_bytes,

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from bench.errors import BenchError
 from bench.gpu_cases import GPU_CASES, GpuCase, find_gpu_cases
-from bench.machine import describe_commit, describe_machine, describe_versions
+from bench.machine import about_now
 from bench.runner import OURS
 
 if TYPE_CHECKING:
@@ -53,13 +52,9 @@ def run(
     if timeline is not None:
         write_timelines(reports, timeline)
     if json_path is not None:
-        about = {
-            "commit": describe_commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": describe_machine(),
-            "versions": describe_versions(),
-        }
-        json_path.write_text(json.dumps(about | {"link": link, "cases": reports}, indent=2) + "\n")
+        json_path.write_text(
+            json.dumps(about_now() | {"link": link, "cases": reports}, indent=2) + "\n"
+        )
 
 
 def worker(

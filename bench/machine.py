@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ import psutil
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 _PACKAGES = ("torch", "transformers", "numpy", "sl-serve")
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+def about_now() -> dict[str, Any]:
+    """What every report begins with."""
+    return {
+        "commit": describe_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
 
 
 def describe_machine() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 
 from bench.errors import BenchError
-from bench.machine import describe_commit, describe_machine, describe_versions
+from bench.machine import about_now
 from bench.quality_report import render, update_document
 from bench.quality_work import Variant, measure
 from sl_serve.config import KVDTypeName
@@ -42,10 +41,7 @@ def run(
     except OSError as error:
         raise BenchError(f"{text}: cannot be read ({error.strerror})") from None
     report = {
-        "commit": describe_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
+        **about_now(),
         **measure(model, content, variants(weights, kv, both), tokens, window),
     }
     Console().print(render(report))
