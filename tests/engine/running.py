@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -93,7 +94,8 @@ def run(
     prompts: Sequence[list[int]],
     sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
 ) -> list[list[int]]:
-    requests, answers = requests_for(prompts, sampling)
+    # Of their own: an id is free again a moment after its request's end has been told.
+    requests, answers = requests_for(prompts, sampling, tag=uuid.uuid4().hex)
     running.submit(requests)
     return answers.wait()
 

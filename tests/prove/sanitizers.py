@@ -24,6 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CORE = "sl_serve._native"
 COMPILER = "g++"
+OPTIMISATION = "-O1"  # with -O3 the instrumented kernels take half an hour to compile
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
 TESTS = (
     "tests/engine/test_ops.py",
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str]) -> int:
 def build(folder: Path) -> Path:
     """The core as an extension module, made as an installation does but for the flags."""
     print("sanitizers: building", flush=True)
-    settings = [f"cmake.define.CMAKE_CXX_FLAGS={FLAGS}", "cmake.build-type=RelWithDebInfo"]
+    settings = [f"cmake.define.CMAKE_CXX_FLAGS={FLAGS}", "cmake.build-type=None"]
+    settings.append(f"cmake.define.SL_OPTIMISATION={OPTIMISATION}")
     settings.append(f"build-dir={folder / 'build'}")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     options = [part for setting in settings for part in ("-C", setting)]
