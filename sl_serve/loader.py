@@ -58,7 +58,7 @@ from sl_serve.weights.layout import LayerLayout, LayerWeights
 from sl_serve.weights.quantised import QuantisedRows, Rows
 from sl_serve.weights.requantised import with_weights
 from sl_serve.weights.store import LayerStore
-from sl_serve.weights.streamer import load_resident, weight_source
+from sl_serve.weights.streamer import WeightSource, load_resident, weight_source
 from sl_serve.weights.tiers import OnLayer, open_store, served_by_files, spread
 
 OnPlan = Callable[[MemoryPlan], None]
@@ -109,40 +109,18 @@ def load(
     torch.set_num_threads(n_threads)
     device = device or open_device(config.device)
     ops = choose_ops(config.dtype, n_threads, config.native, device)
-    names = model.static_names(plan)
-    host_static = load_static(checkpoint, names, model.layout.dtype, model.formats)
-    static = _static_on(device, host_static, model.layout.dtype)
+    names, dtype = model.static_names(plan), model.layout.dtype
+    host_static = load_static(checkpoint, names, dtype, model.formats)
     readers = Readers()
-    on_device = spread(checkpoint.config.n_layers, plan.n_device_layers)
-    resident = load_resident(
-        device, model.layout, on_device, partial(load_image, checkpoint, model.layout)
-    )
-    store = open_store(
-        checkpoint,
-        model.layout,
-        [i for i in range(checkpoint.config.n_layers) if i not in resident],
-        plan.n_disk_layers,
-        n_ring_slots(device.in_place, plan.look_ahead),
-        Path(config.disk_dir) if config.disk_dir else None,
-        readers,
-        on_layer,
-        device.host_empty,
-    )
+    store, weights = _weights(model, plan, device, ops, readers, on_layer)
     sweep = Sweep(
         config=checkpoint.config,
         family=model.family,
         ops=ops,
         device=device,
-        static=static,
+        static=_static_on(device, host_static, dtype),
         embedding=model.embedding(plan, host_static),
-        weights=weight_source(
-            device,
-            store,
-            plan.look_ahead,
-            resident,
-            _expander(device, ops, model.layout, plan),
-            n_layer_slots(plan.look_ahead, plan.host_attends),
-        ),
+        weights=weights,
         attention=_attention(model, plan, device, ops, n_threads),
     )
     release_workers()  # from here on the engine's thread computes
@@ -305,6 +283,35 @@ def _static_on(device: Device, host_static: Mapping[str, Rows], dtype: torch.dty
     return {name: device.upload(plain_rows(host_static[name], dtype)) for name in names}
 
 
+def _weights(
+    model: _Model,
+    plan: MemoryPlan,
+    device: Device,
+    ops: Ops,
+    readers: Readers,
+    on_layer: OnLayer,
+) -> tuple[LayerStore, WeightSource]:
+    """Every layer on its tier, and the way from there to the arithmetic."""
+    checkpoint, layout, config = model.checkpoint, model.layout, model.config
+    n_layers = checkpoint.config.n_layers
+    on_device = spread(n_layers, plan.n_device_layers)
+    resident = load_resident(device, layout, on_device, partial(load_image, checkpoint, layout))
+    store = open_store(
+        checkpoint,
+        layout,
+        [i for i in range(n_layers) if i not in resident],
+        plan.n_disk_layers,
+        n_ring_slots(device.in_place, plan.look_ahead),
+        Path(config.disk_dir) if config.disk_dir else None,
+        readers,
+        on_layer,
+        device.host_empty,
+    )
+    expander = _expander(device, ops, layout, plan)
+    n_slots = n_layer_slots(plan.look_ahead, plan.host_attends)
+    return store, weight_source(device, store, plan.look_ahead, resident, expander, n_slots)
+
+
 def _expander(device: Device, ops: Ops, layout: LayerLayout, plan: MemoryPlan) -> Expander | None:
     needed = layout.expanded_bytes > 0 and not device.in_place
     n_layers = n_layers_in_use(plan.look_ahead, plan.host_attends)
@@ -333,8 +340,11 @@ def _kv_access(plan: MemoryPlan, device: Device, ops: Ops, dtype: torch.dtype) -
     )
     if not plan.n_device_chunks:
         return windows
-    resident = ResidentKV(device, ops, plan.device_kv, plan.n_device_chunks, stored=plan.kv.format)
-    return TieredKV(device, resident, windows)
+    return TieredKV(device, _resident_kv(plan, device, ops), windows)
+
+
+def _resident_kv(plan: MemoryPlan, device: Device, ops: Ops) -> ResidentKV:
+    return ResidentKV(device, ops, plan.device_kv, plan.n_device_chunks, stored=plan.kv.format)
 
 
 def _host_attention(
@@ -351,8 +361,8 @@ def _host_attention(
     )
     if not plan.n_device_chunks:
         return on_host
-    resident = ResidentKV(device, ops, plan.device_kv, plan.n_device_chunks, stored=plan.kv.format)
-    return SplitAttention(DeviceAttention(ops, ResidentAccess(device, resident)), on_host)
+    access = ResidentAccess(device, _resident_kv(plan, device, ops))
+    return SplitAttention(DeviceAttention(ops, access), on_host)
 
 
 def _head(model: _Model, sweep: Sweep, plan: MemoryPlan, weight: HeadWeight) -> Head:

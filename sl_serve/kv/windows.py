@@ -19,6 +19,7 @@ from sl_serve.kv.pool import Slab
 from sl_serve.kv.rows import Int64Array, RowTable
 from sl_serve.ops import KVRegion, Ops
 from sl_serve.ops.kv_lines import expand, write_lines
+from sl_serve.weights.formats import plain
 
 
 class _Window(NamedTuple):
@@ -65,7 +66,7 @@ class WindowedKV:
         """`max_tokens`: of a sub-batch. `n_chunks`: the most that a sub-batch may touch."""
         spec = host.spec
         self._device, self._ops, self._host, self._spec = device, ops, host, spec
-        computed = replace(spec, format=KV_FORMATS[str(dtype).removeprefix("torch.")])
+        computed = replace(spec, format=KV_FORMATS[plain(dtype).name])
         self._attended_spec = computed
         self._dtype = dtype
         self._look_ahead = min(look_ahead, 1)

@@ -10,10 +10,10 @@ from sl_serve.ops import Ops, TorchOps
 from sl_serve.ops.native_ops import NativeOps
 from sl_serve.weights.formats import BLOCK_FORMATS, plain
 from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight
-from tests.engine.test_matmul import NATIVE, assert_close, each_target, one_thread, random
+from tests.engine.test_matmul import NATIVE, assert_close, each_target, random
 from tests.weights.blocks import HALVES, KINDS, Kind, put_halves, random_rows
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of a few rows, and just more than a few; of a block, more than is widened at a time, and more than
 # a panel's depth; columns of less than a panel and of several, the last one not full.

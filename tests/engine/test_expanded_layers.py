@@ -4,7 +4,7 @@ expanded once per layer and step."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,9 +33,11 @@ from sl_serve.weights.store import LayerStore
 from sl_serve.weights.streamer import StreamedWeights
 from tests.engine.fake_cuda import FakeRuntime, LazyCudaDevice, fake_cuda
 from tests.engine.running import GREEDY, config, engine, random_prompts, run, steps_of
-from tests.engine.test_gguf_weights import MIXED, TOKENIZER, TOKENS
+from tests.engine.test_gguf_weights import MIXED, write_in_blocks
 from tests.weights.blocks import Kind, random_rows
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 N_LAYERS = 4
 PROMPTS = random_prompts(4, longest=40, seed=4)
@@ -48,27 +50,10 @@ FILES = {
 MIB = 1 << 20
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module", params=FILES)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    quantisation, kinds = FILES[request.param]
-    model = tiny_llama(
-        vocab_size=len(TOKENS),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=N_LAYERS,
-        initializer_range=0.2,
-        tie_word_embeddings=request.param == "mixed",
-    )
-    write_tiny_gguf(path, model, quantisation=quantisation, kinds=kinds, settings=TOKENIZER)
+    write_in_blocks(path, *FILES[request.param], n_layers=N_LAYERS, tied=request.param == "mixed")
     return path
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from sl_serve.weights.quantised import QuantisedWeight
 from tests.engine.running import GREEDY, config, engine, random_prompts, requests_for, run
 from tests.weights.blocks import Kind
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 N_LAYERS = 3
 PROMPTS = random_prompts(4, longest=40, seed=4)
@@ -52,28 +54,31 @@ FILES: dict[str, tuple[Kind, Mapping[str, Kind]]] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Many small operations: threads would wait for each other longer than they work."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+def write_in_blocks(
+    path: Path,
+    quantisation: Kind,
+    kinds: Mapping[str, Kind],
+    *,
+    n_layers: int = N_LAYERS,
+    tied: bool = True,
+) -> None:
+    """A Llama of several layers whose inputs are whole blocks of any type. `kinds`: of tensors that
+    are not in `quantisation`."""
+    model = tiny_llama(
+        vocab_size=len(TOKENS),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=n_layers,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    write_tiny_gguf(path, model, quantisation=quantisation, kinds=kinds, settings=TOKENIZER)
 
 
 @pytest.fixture(scope="module", params=FILES)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    quantisation, kinds = FILES[request.param]
-    model = tiny_llama(
-        vocab_size=len(TOKENS),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=N_LAYERS,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    write_tiny_gguf(path, model, quantisation=quantisation, kinds=kinds, settings=TOKENIZER)
+    write_in_blocks(path, *FILES[request.param])
     return path
 
 

@@ -9,10 +9,10 @@ from sl_serve.ops import Ops, TorchOps
 from sl_serve.ops.native_ops import NativeOps
 from sl_serve.weights.groups import GROUP_FORMATS
 from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight
-from tests.engine.test_matmul import NATIVE, assert_close, each_target, one_thread, random
+from tests.engine.test_matmul import NATIVE, assert_close, each_target, random
 from tests.weights.groups import NAMES, rows_of
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of few rows in registers, of few that are widened first, and of many; of one group, and of more
 # than is widened at a time or fits a panel's depth; columns of less than a panel and of several.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from sl_serve.ops import Ops, TorchOps
 from sl_serve.ops.native_ops import NativeOps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 try:
     from sl_serve._native import targets
@@ -36,15 +36,6 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_target = pytest.mark.parametrize("target", NATIVE)
 either_bias = pytest.mark.parametrize("biased", [False, True])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Many small products: threads would wait for each other longer than they work."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(params=["torch", *NATIVE])

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import gguf
@@ -18,6 +18,8 @@ from sl_serve.ops import KVRegion, Ops, Scoring, TorchOps
 from sl_serve.ops.kv_lines import write_lines
 from sl_serve.ops.native_ops import NativeOps
 from sl_serve.ops.protocol import CAUSAL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 try:
     from sl_serve._native import targets
@@ -41,15 +43,6 @@ SLABS = [
     (8, [(15, 1), (16, 5), (7, 2)]),
     (64, [(0, 3), (1, 1)]),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Many small operations: threads would wait for each other longer than they work."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(params=MAKERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +28,8 @@ from tests.models import write_tiny_llama, write_tiny_opt
 from tests.weights.blocks import Kind
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_LAYERS = 3
 PROMPTS = random_prompts(4, longest=40, seed=4)
 SHORT = replace(GREEDY, max_tokens=10)
@@ -40,14 +41,6 @@ WEIGHTS = {
     "int4_g128": ("int4", 128),
     "int8_g32": ("int8", 32),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from sl_serve.weights.checkpoint import open_checkpoint
 from tests.engine.running import GREEDY, config, engine, random_prompts, run
 from tests.weights import published_models as models
 from tests.weights.published_models import Model, Pack, change_settings, change_tensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
@@ -88,14 +90,6 @@ LAYOUTS: dict[str, tuple[Pack, dict[str, Any], tuple[str, str]]] = {
 }
 PROMPTS = random_prompts(3, longest=30, seed=4)
 SHORT = replace(GREEDY, max_tokens=8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")

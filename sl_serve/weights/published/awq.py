@@ -19,6 +19,7 @@ from sl_serve.weights.published.packed import (
     SCALES,
     PackedMatrix,
     expect,
+    group_size,
     matrix_shape,
     modules_with,
     n_groups_of,
@@ -38,18 +39,18 @@ def matrices(
         raise ModelError(f"{settings.source}: AWQ of {n_bits} bits cannot be read (4 can)")
     if version != "gemm":
         raise ModelError(f"{settings.source}: AWQ version {version[:40]!r} cannot be read")
-    group = settings.get("group_size")
-    if group != -1:
-        group = settings.integer("group_size", 128)
+    group = group_size(settings, 128)
     return {
         f"{module}.weight": _matrix(folder, module, group, dequantised)
         for module in modules_with(folder, ".qweight")
     }
 
 
-def _matrix(folder: HfFolder, module: str, group: int, dequantised: torch.dtype) -> PackedMatrix:
+def _matrix(
+    folder: HfFolder, module: str, group: int | None, dequantised: torch.dtype
+) -> PackedMatrix:
     n_in, n_sets = matrix_shape(folder, f"{module}.qweight")
-    group = n_in if group == -1 else group
+    group = n_in if group is None else group
     n_groups = n_groups_of(n_in, group)
     expect(folder, f"{module}.qweight", (n_in, n_sets), [torch.int32])
     expect(folder, f"{module}.qzeros", (n_groups, n_sets), [torch.int32])

@@ -20,6 +20,7 @@ from sl_serve.weights.published.packed import (
     SCALES,
     PackedMatrix,
     expect,
+    group_size,
     matrix_shape,
     modules_with,
     n_groups_of,
@@ -42,9 +43,7 @@ def matrices(
         raise ModelError(f"{settings.source}: GPTQ of {n_bits} bits cannot be read (4 and 8 can)")
     if layout not in _ZERO_OFFSETS:
         raise ModelError(f"{settings.source}: GPTQ format {layout[:40]!r} cannot be read")
-    group = settings.get("group_size")
-    if group != -1:
-        group = settings.integer("group_size")
+    group = group_size(settings)
     return {
         f"{module}.weight": _matrix(
             folder, module, n_bits, group, _ZERO_OFFSETS[layout], dequantised
@@ -57,14 +56,14 @@ def _matrix(
     folder: HfFolder,
     module: str,
     n_bits: int,
-    group: int,
+    group: int | None,
     zero_offset: int,
     dequantised: torch.dtype,
 ) -> PackedMatrix:
     n_packed = 32 // n_bits
     n_lines, n_out = matrix_shape(folder, f"{module}.qweight")
     n_in = n_lines * n_packed
-    group = n_in if group == -1 else group
+    group = n_in if group is None else group
     n_groups = n_groups_of(n_in, group)
     if n_out % n_packed:
         raise CheckpointError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sl_serve.errors import CheckpointError
+from sl_serve.weights.fields import Fields
 from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.groups import WITH_ZEROS, Grouped, GroupFormat, Kind, as_floats, group_format
 from sl_serve.weights.hf_folder import HfFolder
@@ -95,6 +96,11 @@ def stored_as(folder: HfFolder, name: str) -> torch.dtype:
     found = folder.location(name)
     assert found is not None
     return found.dtype
+
+
+def group_size(settings: Fields, default: int | None = None) -> int | None:
+    """Inputs of a group; None: a group is all of them, which files call -1."""
+    return None if settings.get("group_size") == -1 else settings.integer("group_size", default)
 
 
 def n_groups_of(n_in: int, group: int) -> int:
