@@ -21,6 +21,7 @@ struct Row {
 enum class Dtype {
   float32, bfloat16, float16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k,
   int4_g32, int4_g64, int4_g128, int4_g32_sym, int4_g64_sym, int4_g128_sym,
+  int4_g32_min, int4_g64_min, int4_g128_min,
   int8_g32, int8_g64, int8_g128, int8_g32_sym, int8_g64_sym, int8_g128_sym,
   fp8_g32, fp8_g64, fp8_g128
 };
@@ -79,6 +80,12 @@ struct q6_k {
 template <int kBits, int kGroup, bool kZero> struct ints {
   uint8_t head[4];  // d as a float; with a zero, that is its last byte, a signed one
   uint8_t qs[kGroup * kBits / 8];
+};
+
+// Groups of half bytes that share a scale and a minimum: d * q + m, packed as above.
+template <int kGroup> struct int4_min {
+  f16 d, m;
+  uint8_t qs[kGroup / 2];
 };
 
 // Groups of e4m3fn numbers (OCP 8-bit floating point) that share a scale.

@@ -4,6 +4,9 @@ A block is one group: four bytes of header, then the numbers. The header is the 
 where integers have a zero of their own, its last 8 bits are that zero, signed, and the scale has
 the other 24. So scales that files have as float16 or bfloat16 are kept to the last bit, and
 `scale * (number - zero)` is exact in float32 for every scale of 16 significant bits or fewer.
+
+Where they have a minimum instead, scale and minimum are float16 numbers, and `scale * number +
+minimum` is rounded once. No published layout has that: it is for what we quantise ourselves.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from sl_serve.weights.formats import Format
 
 HEADER_BYTES = 4
 GROUPS = (128, 64, 32)  # numbers in a group; a kernel takes 32 at a time
-Kind = Literal["int4", "int4_sym", "int8", "int8_sym", "fp8"]
+Kind = Literal["int4", "int4_sym", "int4_min", "int8", "int8_sym", "fp8"]
 WITH_ZEROS = ("int4", "int8")
 
 
@@ -30,6 +33,7 @@ class Grouped(NamedTuple):
     scales: torch.Tensor  # float32 (out, n_groups)
     # int8 (out, n_groups). Without: 8 for those of 4 bits, 0 for those of 8
     zeros: torch.Tensor | None = None
+    minima: torch.Tensor | None = None  # float32 (out, n_groups), of int4_min
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +54,24 @@ class GroupFormat:
         """uint8 (out, row_bytes)."""
         n_out, n_in = rows.numbers.shape
         blocks = torch.empty(n_out, n_in // self.group, self.format.block_bytes, dtype=torch.uint8)
-        heads = rows.scales.contiguous().view(torch.int32)
-        if self.has_zeros:
-            assert rows.zeros is not None
-            heads = (heads & ~0xFF) | (rows.zeros.to(torch.int32) & 0xFF)
-        blocks[..., :HEADER_BYTES] = heads[..., None].view(torch.uint8)
+        blocks[..., :HEADER_BYTES] = self._headers(rows)[..., None].view(torch.uint8)
         numbers = rows.numbers.view(n_out, n_in // self.group, self.group)
         if self.n_bits == 4:
             parts = numbers.view(n_out, -1, self.group // 32, 2, 16)
             numbers = (parts[..., 0, :] | parts[..., 1, :] << 4).flatten(2)
         blocks[..., HEADER_BYTES:] = numbers
         return blocks.view(n_out, -1)
+
+    def _headers(self, rows: Grouped) -> torch.Tensor:
+        """int32 (out, n_groups)."""
+        if self.kind == "int4_min":
+            assert rows.minima is not None
+            return torch.stack([rows.scales, rows.minima], -1).half().view(torch.int32)[..., 0]
+        heads = rows.scales.contiguous().view(torch.int32)
+        if self.has_zeros:
+            assert rows.zeros is not None
+            heads = (heads & ~0xFF) | (rows.zeros.to(torch.int32) & 0xFF)
+        return heads
 
 
 def keeps_scales(scales: torch.Tensor) -> bool:
@@ -72,17 +83,20 @@ def as_floats(kind: Kind, numbers: torch.Tensor) -> torch.Tensor:
     """What a matrix's stored numbers stand for, scales and zeros apart."""
     if kind == "fp8":
         return numbers.view(torch.float8_e4m3fn).float()
-    if kind == "int4":
+    if kind in ("int4", "int4_min"):
         return numbers.float()
     return numbers.float() - 8 if kind == "int4_sym" else numbers.view(torch.int8).float()
 
 
 def _widen(kind: Kind, blocks: torch.Tensor) -> torch.Tensor:
     heads, packed = blocks[:, :HEADER_BYTES].contiguous(), blocks[:, HEADER_BYTES:]
-    if kind in ("int4", "int4_sym"):
+    if kind.startswith("int4"):
         parts = packed.reshape(len(blocks), -1, 1, 16)
         packed = torch.cat([parts & 15, parts >> 4], dim=2).flatten(1)
     numbers = as_floats(kind, packed)
+    if kind == "int4_min":
+        scale, minimum = heads.view(torch.float16).float().unbind(1)
+        return numbers * scale[:, None] + minimum[:, None]
     if kind not in WITH_ZEROS:
         return numbers * heads.view(torch.float32)
     scales = (heads.view(torch.int32) & ~0xFF).view(torch.float32)
@@ -90,14 +104,14 @@ def _widen(kind: Kind, blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _group_format(kind: Kind, group: int) -> GroupFormat:
-    bits, _, sym = kind.partition("_")
-    name = f"{bits}_g{group}" + (f"_{sym}" if sym else "")
+    bits, _, rest = kind.partition("_")
+    name = f"{bits}_g{group}" + (f"_{rest}" if rest else "")
     n_bits = 4 if bits == "int4" else 8
     block_bytes = HEADER_BYTES + group * n_bits // 8
     return GroupFormat(kind, group, Format(name, group, block_bytes, partial(_widen, kind)))
 
 
-_KINDS: tuple[Kind, ...] = ("int4", "int4_sym", "int8", "int8_sym", "fp8")
+_KINDS: tuple[Kind, ...] = ("int4", "int4_sym", "int4_min", "int8", "int8_sym", "fp8")
 GROUP_FORMATS = {g.format.name: g for g in (_group_format(k, n) for k in _KINDS for n in GROUPS)}
 
 

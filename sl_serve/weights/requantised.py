@@ -25,7 +25,11 @@ class _Wanted(NamedTuple):
 
 # The short names. Groups of 64 divide the rows of more models and lose less; 8-bit floats have
 # scales for what is left after their own exponents.
-_SHORT = {"int8": _Wanted("int8_sym", 64), "int4": _Wanted("int4", 64), "fp8": _Wanted("fp8", 128)}
+_SHORT = {
+    "int8": _Wanted("int8_sym", 64),
+    "int4": _Wanted("int4_min", 64),
+    "fp8": _Wanted("fp8", 128),
+}
 _NAMES = _SHORT | {name: _Wanted(g.kind, g.group) for name, g in GROUP_FORMATS.items()}
 # Embedding and head. The head decides between tokens and is read in every step: eight bits cost no
 # quality that shows, and half the bytes.

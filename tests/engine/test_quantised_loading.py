@@ -36,7 +36,7 @@ SHORT = replace(GREEDY, max_tokens=10)
 # What is asked for -> kind and largest group of a layer's matrices.
 WEIGHTS = {
     "int8": ("int8_sym", 64),
-    "int4": ("int4", 64),
+    "int4": ("int4_min", 64),
     "fp8": ("fp8", 128),
     "int4_g128": ("int4", 128),
     "int8_g32": ("int8", 32),
@@ -188,7 +188,7 @@ def test_rows_that_no_group_divides_stay_plain(tmp_path: Path) -> None:
     formats = {n: quantised.format(n).name for n in quantised.names()}
     layer = "model.layers.0."
     assert formats[layer + "mlp.down_proj.weight"] == "float32"
-    assert formats[layer + "mlp.up_proj.weight"] == "int4_g64"
+    assert formats[layer + "mlp.up_proj.weight"] == "int4_g64_min"
     assert formats["lm_head.weight"] == formats["model.embed_tokens.weight"] == "int8_g64_sym"
     assert formats[layer + "input_layernorm.weight"] == "float32"
     with engine(tmp_path, replace(config(max_rows=2), weights="int4")) as running:
@@ -211,9 +211,9 @@ def test_a_gguf_is_quantised_again_but_for_its_vocabulary(tmp_path: Path) -> Non
     quantised = with_weights(checkpoint, "int4")
     assert quantised.format("model.embed_tokens.weight").name == "q4_1"
     name = "model.layers.1.self_attn.q_proj.weight"
-    assert quantised.format(name).name == "int4_g64"
+    assert quantised.format(name).name == "int4_g64_min"
     packed = torch.empty(128, 2 * 36, dtype=torch.uint8)
-    quantise(checkpoint.read(name), GROUP_FORMATS["int4_g64"], packed)
+    quantise(checkpoint.read(name), GROUP_FORMATS["int4_g64_min"], packed)
     assert torch.equal(quantised.read_blocks(name), packed)
     checkpoint.close()
 

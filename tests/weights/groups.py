@@ -18,7 +18,7 @@ def random_grouped(name: str, n_rows: int, n_in: int, largest: float = 0.25) -> 
     numbers = rng.integers(0, 1 << groups.n_bits, (n_rows, n_in), dtype=np.uint8)
     if groups.kind == "fp8":
         numbers[numbers & 0x7F == 0x7F] = 0
-    steps = {"int4": 8, "int8": 128, "fp8": 448}[groups.kind.removesuffix("_sym")]
+    steps = {"int4": 8, "int8": 128, "fp8": 448}[groups.kind.partition("_")[0]]
     shape = n_rows, n_in // groups.group
     scales = (largest / steps * rng.uniform(0.5, 1, shape)).astype(np.float16)
     low, high = (0, 16) if groups.n_bits == 4 else (-128, 128)
@@ -27,11 +27,17 @@ def random_grouped(name: str, n_rows: int, n_in: int, largest: float = 0.25) -> 
         torch.from_numpy(numbers),
         torch.from_numpy(scales).float(),
         zeros if groups.has_zeros else None,
+        minima(rng, shape, largest) if groups.kind == "int4_min" else None,
     )
 
 
+def minima(rng: np.random.Generator, shape: tuple[int, int], largest: float) -> torch.Tensor:
+    return torch.from_numpy(rng.uniform(-largest, 0, shape).astype(np.float16)).float()
+
+
 def in_float64(name: str, rows: Grouped) -> np.ndarray:
-    """Scale times (number minus zero), by the definition of each kind."""
+    """Scale times (number minus zero), or times number plus minimum, by the definition of each
+    kind: exact, before it is rounded to float32."""
     groups = GROUP_FORMATS[name]
     stored = rows.numbers.numpy()
     if groups.kind == "fp8":
@@ -39,10 +45,13 @@ def in_float64(name: str, rows: Grouped) -> np.ndarray:
     elif groups.n_bits == 8:
         numbers = stored.view(np.int8).astype(np.float64)
     else:
-        numbers = stored - (8.0 if rows.zeros is None else 0.0)
+        numbers = stored - (8.0 if groups.kind == "int4_sym" else 0.0)
     if rows.zeros is not None:
         numbers = numbers - np.repeat(rows.zeros.numpy().astype(np.float64), groups.group, axis=1)
-    return numbers * np.repeat(rows.scales.numpy().astype(np.float64), groups.group, axis=1)
+    products = numbers * np.repeat(rows.scales.numpy().astype(np.float64), groups.group, axis=1)
+    if rows.minima is None:
+        return products
+    return products + np.repeat(rows.minima.numpy().astype(np.float64), groups.group, axis=1)
 
 
 def e4m3fn(stored: np.ndarray) -> np.ndarray:

@@ -15,17 +15,20 @@ each_name = pytest.mark.parametrize("name", NAMES)
 
 @each_name
 def test_packed_rows_are_scale_times_number_minus_zero(name: str) -> None:
-    """Exactly, in float32."""
+    """Exactly, in float32; or plus a minimum, rounded once."""
     rows, groups = random_grouped(name, 20, 1024), GROUP_FORMATS[name]
     packed = groups.pack(rows)
     assert packed.shape == (20, groups.format.row_bytes(1024))
     widened = groups.format.widen(packed)
     assert widened.dtype == torch.float32
-    assert np.array_equal(widened.double().numpy(), in_float64(name, rows))
+    expected = in_float64(name, rows)
+    if rows.minima is not None:
+        expected = expected.astype(np.float32)
+    assert np.array_equal(widened.double().numpy(), expected)
     assert 0.1 < float(widened.abs().max()) < 1
 
 
-@each_name
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("_min")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_scales_of_either_half_precision_are_kept(name: str, dtype: torch.dtype) -> None:
     """The smallest ones too."""
@@ -87,7 +90,14 @@ def normal_rows(n_rows: int = 64, n_in: int = 1024) -> torch.Tensor:
     return torch.randn(n_rows, n_in, generator=torch.Generator().manual_seed(0)) * 0.02
 
 
-WORST = {"int4": 0.096, "int4_sym": 0.103, "int8": 0.006, "int8_sym": 0.007, "fp8": 0.026}
+WORST = {
+    "int4": 0.096,
+    "int4_min": 0.094,
+    "int4_sym": 0.103,
+    "int8": 0.006,
+    "int8_sym": 0.007,
+    "fp8": 0.026,
+}
 
 
 @each_name
@@ -101,7 +111,8 @@ def test_products_of_our_own_scales_are_exact(name: str) -> None:
     out = torch.empty(4, groups.format.row_bytes(256), dtype=torch.uint8)
     quantise(normal_rows(4, 256), groups, out)
     heads = out.view(-1, groups.format.block_bytes)[:, :4].contiguous().view(torch.int32)
-    assert groups.has_zeros or keeps_scales(heads.view(torch.float32))
+    if groups.kind != "int4_min":  # those are halves
+        assert groups.has_zeros or keeps_scales(heads.view(torch.float32))
     assert torch.equal(quantised(name, normal_rows(4, 256)), groups.format.widen(out))
 
 
@@ -128,8 +139,9 @@ def test_four_bits_are_near_the_best_there_is() -> None:
             zero = (-bottom / step).round()
             found = ((x / step).round() + zero).clamp(0, 15).sub(zero).mul(step) - x
             best = torch.minimum(best, found.square().sum(1))
-    ours = (quantised("int4_g64", rows).view(-1, 64).double() - x).square().sum(1)
-    assert float(ours.sum()) < 1.08 * float(best.sum())
+    for name, share in (("int4_g64", 1.08), ("int4_g64_min", 1)):
+        ours = (quantised(name, rows).view(-1, 64).double() - x).square().sum(1)
+        assert float(ours.sum()) < share * float(best.sum())
 
 
 @each_name
@@ -143,7 +155,7 @@ def test_groups_of_zeros_constants_and_single_large_numbers(name: str) -> None:
     assert (widened[0] == 0).all()
     coarse = 0.07 if groups.n_bits == 4 else 0.004
     assert (widened[1:3] - rows[1:3]).abs().max() < 0.75 * coarse
-    assert abs(float(widened[3, 5]) - 1000) < 1000 * coarse and widened[3, 6] == 0
+    assert abs(float(widened[3, 5]) - 1000) < 1000 * coarse and abs(float(widened[3, 6])) < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
