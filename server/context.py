@@ -31,7 +31,7 @@ class ServerContext:
     def __init__(self, engine: EnginePort, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
-        self.metrics = ServerMetrics(engine)
+        self.metrics = ServerMetrics(engine, settings.stall_floor_s)
         self.jobs: set[Job] = set()
         self.created = int(time.time())  # unix seconds
         self._workers = ThreadPoolExecutor(settings.n_workers, thread_name_prefix="sl-serve-front")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import orjson
+import structlog
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -81,12 +82,10 @@ def retry_after(seconds: float) -> dict[str, str]:
 
 
 def internal_error() -> ApiError:
-    return ApiError(
-        500,
-        "The server failed while handling this request; its log has the details under the "
-        "x-request-id of this answer.",
-        code="internal_error",
-    )
+    """To be called where the log's request id is that of the request: it is all that is told."""
+    request_id = structlog.contextvars.get_contextvars().get("request_id", "unknown")
+    message = f"The server failed while handling request {request_id}; its log has the details."
+    return ApiError(500, message, code="internal_error")
 
 
 def from_http(exc: HTTPException) -> ApiError:

@@ -8,34 +8,39 @@ from starlette.responses import Response
 
 from server.context import ServerContext
 from server.errors import ApiError, JsonResponse, retry_after
+from server.watchdog import Progress, progress
 from sl_serve import __version__
 from sl_serve.stats import EngineSnapshot, EngineState
-
-STUCK_STEPS = 3  # a step this many times longer than the usual one counts as stuck
 
 
 def health_routes(context: ServerContext) -> APIRouter:
     router = APIRouter()
 
+    def judge(snapshot: EngineSnapshot) -> Progress:
+        return progress(snapshot, context.settings.stall_floor_s)
+
     async def live() -> Response:
-        """200 as long as the process answers."""
+        """503 once only a new process helps: the engine is dead, or stuck beyond hope."""
+        snapshot = context.engine.snapshot()
+        if snapshot.state is EngineState.DEAD:
+            _raise_if_down(snapshot)
+        if judge(snapshot) is Progress.HOPELESS:
+            raise _stuck(snapshot)
         return JsonResponse({"status": "ok"})
 
     async def health() -> Response:
-        """503 once the engine is dead or closed."""
-        _raise_if_down(context.engine.snapshot())
+        """503 while the engine does not work: dead, closed or stuck."""
+        snapshot = context.engine.snapshot()
+        _raise_if_down(snapshot)
+        if judge(snapshot) is not Progress.STEADY:
+            raise _stuck(snapshot)
         return JsonResponse({"status": "ok"})
 
     async def ready() -> Response:
-        """503 while no new request would be served: dead, draining or stuck."""
-        snapshot = context.engine.snapshot()
-        _raise_if_down(snapshot)
-        if snapshot.state is EngineState.DRAINING:
+        """503 while no new request would be served: also while draining."""
+        if context.engine.snapshot().state is EngineState.DRAINING:
             raise _unavailable("draining", "The server is draining and takes no new requests.")
-        if _is_stuck(snapshot, context.settings.stall_floor_s):
-            seconds = snapshot.since_progress_s
-            raise _unavailable("stuck", f"The engine has not ended a step for {seconds:.0f} s.")
-        return JsonResponse({"status": "ok"})
+        return await health()
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -53,7 +58,8 @@ def health_routes(context: ServerContext) -> APIRouter:
 
 def _raise_if_down(snapshot: EngineSnapshot) -> None:
     if snapshot.state is EngineState.DEAD:
-        raise _unavailable("engine_dead", f"The engine has failed: {snapshot.reason}")
+        # Anyone may ask: why it failed is for the log.
+        raise _unavailable("engine_dead", "The engine has failed; the log says why.")
     if snapshot.state is EngineState.CLOSED:
         raise _unavailable("engine_closed", "The engine is closed.")
 
@@ -62,10 +68,7 @@ def _unavailable(code: str, message: str) -> ApiError:
     return ApiError(503, message, code=code, headers=retry_after(30))
 
 
-def _is_stuck(snapshot: EngineSnapshot, floor_s: float) -> bool:
-    """Measured against the machine's own pace: a step may rightly take minutes."""
-    if snapshot.n_running == 0:
-        return False
-    mean_s = snapshot.step_s_total / max(snapshot.n_steps, 1)
-    usual_s = max(mean_s, snapshot.last_step_s)
-    return snapshot.since_progress_s > max(floor_s, STUCK_STEPS * usual_s)
+def _stuck(snapshot: EngineSnapshot) -> ApiError:
+    seconds, usual = snapshot.since_progress_s, snapshot.slow_step_s
+    message = f"No step has ended for {seconds:.0f} s; they usually take up to {usual:.3g} s."
+    return _unavailable("stuck", message)

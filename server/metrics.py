@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from server.engine_port import EnginePort
+from server.watchdog import Progress, progress, stuck_after_s
 from sl_serve.core import TokenOut
 from sl_serve.stats import EngineState, StepStats
 
@@ -41,14 +42,17 @@ ENGINE_METRICS = {
     "generated_tokens_total": ("generation_tokens_total", "Tokens generated"),
     "n_parked_total": ("num_preemptions_total", "Rows parked for want of KV memory"),
     "n_steps": ("engine_steps_total", "Steps done"),
+    "n_short_of_memory": ("step_retries_total", "Steps repeated smaller: memory ran short"),
+    "slow_step_s": ("slow_step_seconds", "99 of 100 of the latest steps were not slower"),
 }
 
 
 class _EngineCollector(Collector):
     """Reads the engine's own totals at the moment of the scrape."""
 
-    def __init__(self, engine: EnginePort) -> None:
+    def __init__(self, engine: EnginePort, stall_floor_s: float) -> None:
         self._engine = engine
+        self._stall_floor_s = stall_floor_s
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._engine.snapshot()
@@ -61,14 +65,23 @@ class _EngineCollector(Collector):
         )
         alive = snapshot.state in (EngineState.RUNNING, EngineState.DRAINING)
         yield GaugeMetricFamily(PREFIX + "engine_up", "1 while the engine works", value=alive)
+        stuck = progress(snapshot, self._stall_floor_s) is not Progress.STEADY
+        yield GaugeMetricFamily(
+            PREFIX + "engine_stuck", "1 while rows run and no step ends", value=stuck
+        )
+        yield GaugeMetricFamily(
+            PREFIX + "stuck_after_seconds",
+            "Since the last step ended, to count as stuck",
+            value=stuck_after_s(snapshot, self._stall_floor_s),
+        )
 
 
 class ServerMetrics:
     """One registry per app, so that several apps may live in one process."""
 
-    def __init__(self, engine: EnginePort) -> None:
+    def __init__(self, engine: EnginePort, stall_floor_s: float) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine))
+        self.registry.register(_EngineCollector(engine, stall_floor_s))
         self._define_request_metrics()
         self._define_step_metrics()
         engine.on_step(self._step)

@@ -2,14 +2,18 @@
 
 On SIGTERM or SIGINT: new requests get 503, the running ones finish within the timeout, what is
 left after it ends with an error event, the connections close, the engine closes. Uvicorn is told
-to stop only after that, as its own shutdown knows nothing of the engine. A second SIGINT skips
-the waiting.
+to stop only after that, as its own shutdown knows nothing of the engine. A second signal skips the
+waiting.
+
+Where the engine fails, its requests have heard so; the server stops and its exit code is 1, for
+whoever restarts it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import signal
 import socket
 import threading
@@ -28,12 +32,16 @@ from server.logs import configure_logging
 from server.protocol import GuardedProtocol
 from server.settings import ServerSettings
 from sl_serve.errors import UserError
+from sl_serve.stats import EngineState
 
 log = structlog.get_logger(__name__)
 
-FLUSH_S = 5  # for the last bytes of answers, after the engine is done
+FLUSH_S = 3  # for the last bytes of answers, after the engine is done
+EXIT_S = 2  # for threads that do not end by themselves, after everything is closed
 KEEP_ALIVE_S = 75  # longer than the pools of common clients keep a connection
-INTERRUPTED = 130  # exit code of a process ended by SIGINT
+TICKS_PER_LOOK = 5  # of uvicorn's, a tenth of a second each
+ENGINE_DEAD = 1  # exit code
+SIGNALLED = 128  # plus the signal's number: exit code of a process ended by it
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -90,6 +98,14 @@ def serve(
     return server.exit_code
 
 
+def end_within(seconds: float, code: int) -> None:
+    """The process ends by then at the latest: a thread that tokenises a book, or hangs, must not
+    keep it from being restarted."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+
+
 def build_server(app: FastAPI, on_ready: Callable[[str], None] | None = None) -> DrainingServer:
     """For an app made by `create_app`; run it with a socket from `bind`."""
     config = uvicorn.Config(
@@ -143,13 +159,26 @@ class DrainingServer(uvicorn.Server):
         if self._on_ready is not None:
             self._on_ready(url)
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_PER_LOOK == 0:
+            self._look_after_engine()
+        return await super().on_tick(counter)
+
+    def _look_after_engine(self) -> None:
+        snapshot = self._context.engine.snapshot()
+        if snapshot.state is EngineState.DEAD and self.exit_code == 0:
+            log.critical("engine_dead", reason=snapshot.reason)
+            self.exit_code = ENGINE_DEAD
+            if self._draining is None:
+                self.should_exit = True
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """On the loop: begins to drain; a SIGINT while draining ends it now."""
+        """On the loop: begins to drain; called while draining it ends that now."""
         if self._draining is None:
             self._draining = asyncio.ensure_future(self._drain())
-        elif number == signal.SIGINT:
+        else:
             log.warning("interrupted", unfinished=len(self._context.jobs))
-            self.exit_code = INTERRUPTED
+            self.exit_code = SIGNALLED + number
             self._end_jobs()
             self.should_exit = self.force_exit = True
 

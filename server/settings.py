@@ -27,7 +27,7 @@ class ServerSettings:
     max_logprobs: int = 20
     ping_s: float = LONGEST_PING_S
     drain_timeout_s: float = 30.0
-    stall_floor_s: float = 120.0  # a step shorter than this never counts as stuck
+    stall_floor_s: float = 120.0  # what the first steps may take; later ones are judged by them
     n_workers: int = 4  # threads that parse, tokenise and render
     log_json: bool = False
 

@@ -41,6 +41,7 @@ def serve(
     port: o.Port = 8000,
     served_model_name: o.ServedNames = None,
     drain_timeout: o.DrainTimeout = 30.0,
+    stall_floor: o.StallFloor = 120.0,
     log_json: o.LogJson = False,
     api_key: o.ApiKeys = None,
     allowed_host: o.AllowedHosts = None,
@@ -65,7 +66,7 @@ def serve(
     queue_tokens: o.QueueTokens = QUEUE_DEFAULTS.max_tokens,
 ) -> None:
     """Serve MODEL over HTTP with OpenAI's API, until SIGTERM or Ctrl-C."""
-    from server.run import bind
+    from server.run import EXIT_S, bind, end_within
     from server.run import serve as run_server
     from server.settings import ServerSettings
     from sl_serve.cli_load import load_engine, model_name
@@ -78,6 +79,7 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()),
         cors_origins=tuple(cors_origin or ()),
         drain_timeout_s=drain_timeout,
+        stall_floor_s=stall_floor,
         log_json=log_json,
     )
     config = o.engine_config(
@@ -104,6 +106,7 @@ def serve(
     with closing(listener):
         engine = load_engine(model, config, console, tuned=tuned)
         code = run_server(engine, settings, listener)
+    end_within(EXIT_S, code)
     raise typer.Exit(code)
 
 

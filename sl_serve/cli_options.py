@@ -180,6 +180,16 @@ DrainTimeout = Annotated[
     float,
     _option(SERVER, "--drain-timeout", "Seconds running requests get after SIGTERM.", min=0),
 ]
+StallFloor = Annotated[
+    float,
+    _option(
+        SERVER,
+        "--stall-floor",
+        "Seconds that one of the first steps may take before /ready says 503; later ones are "
+        "measured against the steps before them.",
+        min=1,
+    ),
+]
 LogJson = Annotated[bool, _option(SERVER, "--log-json", "Logs as JSON lines.")]
 ApiKeys = Annotated[
     list[str] | None,

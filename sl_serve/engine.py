@@ -20,19 +20,21 @@ from sl_serve.admission import check_request
 from sl_serve.config import EngineConfig
 from sl_serve.core import FinishReason, Request, StepPlan
 from sl_serve.delivery import Delivery
+from sl_serve.device.out_of_memory import is_out_of_memory
 from sl_serve.errors import EngineClosedError, EngineDeadError, RequestError, SlServeError
 from sl_serve.loader import Parts
-from sl_serve.logits import RowResult
+from sl_serve.logits import FailedRowsError, RowResult
 from sl_serve.sched.packer import pack
 from sl_serve.sched.queue import WaitingQueue
 from sl_serve.sched.residents import TYPICAL_OUTPUT_TOKENS
+from sl_serve.sched.step_limit import StepLimit
 from sl_serve.stats import EngineSnapshot, EngineState, StepStats, Totals, step_stats
 from sl_serve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 StepObserver = Callable[[StepStats], None]
-CLOSE_TIMEOUT_S = 10  # a hung step must not keep the process; the thread is a daemon
+CLOSE_TIMEOUT_S = 4  # a hung step must not keep the process; the thread is a daemon
 MAX_RETRY_AFTER_S = 120  # OpenAI's client gives up at once beyond it
 
 
@@ -51,6 +53,7 @@ class Engine:
         self._aborted: set[str] = set()
         self._observers: list[StepObserver] = []
         self._totals = Totals()
+        self._limit = StepLimit()
         self._state = EngineState.RUNNING
         self._reason: str | None = None
         self._changed = threading.Condition()  # guards what other threads touch
@@ -159,7 +162,10 @@ class Engine:
         if not parked:  # what was just freed belongs to the rows that run
             self._admit()
         plan = pack(
-            self._parts.residents, self._parts.plan.prefill_tokens, self._parts.plan.n_sub_batches
+            self._parts.residents,
+            self._parts.plan.prefill_tokens,
+            self._parts.plan.n_sub_batches,
+            self._limit.tokens,
         )
         if plan.sub_batches:
             self._step(plan)
@@ -190,19 +196,60 @@ class Engine:
         return min(expected, self.max_model_len)
 
     def _step(self, plan: StepPlan) -> None:
-        sweep, residents = self._parts.sweep, self._parts.residents
+        sweep = self._parts.sweep
         started_s = time.monotonic()
         before = sweep.bytes_moved
-        hidden = sweep.run(plan, residents.slabs)
-        for sub_batch, states in zip(plan.sub_batches, hidden, strict=True):
-            for result in self._parts.head.results(sub_batch, states):
-                self._deliver(result)
+        if not self._computed(plan):
+            return
         wall_s = time.monotonic() - started_s
         stats = step_stats(plan, wall_s, before, sweep.bytes_moved, sweep.device.stall_s())
         n_generated = sum(w.samples for s in plan.sub_batches for w in s.rows)
         self._totals.add(stats, n_generated)
         for observer in self._observers:
             observer(stats)
+
+    def _computed(self, plan: StepPlan) -> bool:
+        """False where the step failed and the engine goes on: `n_cached` has moved only for rows
+        that were delivered, so the next turn packs the others again, and their K and V are written
+        again. A failure that may have spoiled more than the step is raised."""
+        try:
+            hidden = self._parts.sweep.run(plan, self._parts.residents.slabs)
+            for sub_batch, states in zip(plan.sub_batches, hidden, strict=True):
+                for result in self._parts.head.results(sub_batch, states):
+                    self._deliver(result)
+            self._limit.passed()
+            return True
+        except FailedRowsError as error:
+            for request in error.requests:
+                logger.error("request %s: %s", request.request_id, error)
+                self._finish(request, FinishReason.ERROR, str(error))
+            return False
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        # Not in the handler: while an exception lives, so do the tensors of its frames.
+        self._shrink(plan, reason)
+        return False
+
+    def _shrink(self, plan: StepPlan, reason: str) -> None:
+        """Memory ran short in the step: smaller ones from here on, down to one token; where that
+        is too much, its request ends."""
+        self._totals.n_short_of_memory += 1
+        self._parts.sweep.restart()
+        if plan.n_tokens > 1:
+            self._limit.halve(plan.n_tokens)
+            logger.warning(
+                "memory ran short in a step of %d tokens, the next ones have at most %d (%s)",
+                plan.n_tokens,
+                self._limit.tokens,
+                reason,
+            )
+            return
+        self._limit.lift()
+        request = plan.sub_batches[0].rows[0].request
+        logger.error("request %s: memory ran short for it alone (%s)", request.request_id, reason)
+        self._finish(request, FinishReason.ERROR, f"memory ran short for it alone: {reason}")
 
     def _deliver(self, result: RowResult) -> None:
         request = result.work.request

@@ -7,16 +7,26 @@ small and in cache, and one buffer serves them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
 
-from sl_serve.core import RowWork, SubBatchPlan, TokenLogprob
+from sl_serve.core import Request, RowWork, SubBatchPlan, TokenLogprob
+from sl_serve.errors import SlServeError
 from sl_serve.ops import Ops
-from sl_serve.sampling import SampledToken, prompt_logprobs, sample
+from sl_serve.sampling import NonFiniteLogitsError, SampledToken, prompt_logprobs, sample
 from sl_serve.weights.head import HeadWeight
 
 HeadInput = Callable[[torch.Tensor], torch.Tensor]
+
+
+class FailedRowsError(SlServeError):
+    """Of some rows the model makes nothing; the others are well."""
+
+    def __init__(self, requests: Sequence[Request], reason: Exception) -> None:
+        super().__init__(f"{type(reason).__name__}: {reason}")
+        self.requests = requests
 
 
 class RowResult(NamedTuple):
@@ -49,7 +59,10 @@ class Head:
         self._buffer = torch.empty(shape, dtype=ops.dtype, device=torch_device)
 
     def results(self, plan: SubBatchPlan, hidden: torch.Tensor) -> list[RowResult]:
-        """`hidden`: (T, hidden) of the sub-batch's tokens after the last layer."""
+        """`hidden`: (T, hidden) of the sub-batch's tokens after the last layer.
+
+        Raises FailedRowsError.
+        """
         works = _with_first_lines(plan)
         lines = [first + w.n_new - 1 for first, w in works if _draws(w)]
         drawing = [w.request for _, w in works if _draws(w)]
@@ -57,7 +70,7 @@ class Head:
         for start in range(0, len(lines), self._block_lines):
             block = slice(start, start + self._block_lines)
             logits = self.logits(hidden[lines[block]])
-            tokens = sample(logits, drawing[block], self._eos_token_ids)
+            tokens = self._sample(logits, drawing[block])
             for request, token in zip(drawing[block], tokens, strict=True):
                 sampled[request.request_id] = token
         return [
@@ -68,6 +81,12 @@ class Head:
             )
             for first, w in works
         ]
+
+    def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+        try:
+            return sample(logits, requests, self._eos_token_ids)
+        except NonFiniteLogitsError as error:
+            raise FailedRowsError([requests[i] for i in error.lines], error) from None
 
     def _prompt_logprobs(self, work: RowWork, hidden: torch.Tensor) -> list[TokenLogprob]:
         n_top = work.request.sampling.prompt_logprobs
@@ -88,8 +107,9 @@ class Head:
         """(n, vocabulary) float32, n <= block_lines; valid until the next call."""
         out = self._buffer[: len(hidden)]
         x = self._head_input(hidden)
-        for first, rows in self._weight.pieces():
-            self._ops.logits(x, rows, out[:, first : first + len(rows)])
+        with closing(self._weight.pieces()) as pieces:
+            for first, rows in pieces:
+                self._ops.logits(x, rows, out[:, first : first + len(rows)])
         return out.float()
 
 

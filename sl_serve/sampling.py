@@ -22,7 +22,11 @@ MIN_TEMPERATURE = 1e-200
 
 
 class NonFiniteLogitsError(SlServeError):
-    """The model produced NaN or infinity: no token can be drawn from that."""
+    """The model produced NaN or infinity: no token can be drawn from that. `lines`: where."""
+
+    def __init__(self, lines: Sequence[int]) -> None:
+        super().__init__("the model produced logits that are not finite numbers")
+        self.lines = lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,9 @@ def sample(
 
 def best_tokens(logits: torch.Tensor) -> list[int]:
     """Of each row (n, vocabulary); raises NonFiniteLogitsError."""
-    if not torch.isfinite(logits.amax(dim=-1)).all():
-        raise NonFiniteLogitsError("the model produced logits that are not finite numbers")
+    finite = torch.isfinite(logits.amax(dim=-1))
+    if not finite.all():
+        raise NonFiniteLogitsError((~finite).nonzero().flatten().tolist())
     ids: list[int] = logits.argmax(dim=-1).tolist()
     return ids
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from sl_serve.core import StepPlan
+
+RECENT_STEPS = 500  # that say how long a step takes
 
 
 class EngineState(StrEnum):
@@ -51,6 +54,8 @@ class EngineSnapshot:
     weight_bytes_total: int
     kv_used_bytes: int
     kv_total_bytes: int
+    slow_step_s: float = 0.0  # 99 of 100 of the latest steps were not slower
+    n_short_of_memory: int = 0  # steps given up for want of memory and repeated smaller
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +92,15 @@ class Totals:
 
     n_steps: int = 0
     n_parked: int = 0
+    n_short_of_memory: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     step_s: float = 0.0
     last_step_s: float = 0.0
     weight_bytes: int = 0
     progress_at_s: float = field(default_factory=time.monotonic)
+    slow_step_s: float = 0.0
+    _recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def working(self) -> None:
         """There is work to do now: time without progress counts from here or the last step."""
@@ -104,6 +112,8 @@ class Totals:
         self.generated_tokens += n_generated
         self.step_s += step.wall_s
         self.last_step_s = step.wall_s
+        self._recent_s.append(step.wall_s)
+        self.slow_step_s = sorted(self._recent_s)[(99 * len(self._recent_s) - 1) // 100]
         self.weight_bytes += step.weight_bytes
         self.progress_at_s = time.monotonic()
 
@@ -139,4 +149,6 @@ class Totals:
             weight_bytes_total=self.weight_bytes,
             kv_used_bytes=kv_used_bytes,
             kv_total_bytes=kv_total_bytes,
+            slow_step_s=self.slow_step_s,
+            n_short_of_memory=self.n_short_of_memory,
         )

@@ -16,7 +16,7 @@ import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.core import StepPlan, SubBatchPlan
-from sl_serve.device import Device
+from sl_serve.device import Device, Stream
 from sl_serve.halves import halves
 from sl_serve.kv.attention import Attention
 from sl_serve.kv.pool import Slab
@@ -77,6 +77,22 @@ class Sweep:
             if half.ends_layer:
                 self.weights.release()
         return hidden
+
+    def restart(self) -> None:
+        """After `run` failed: nothing of that step is under way when this returns, and the next
+        one finds everything as that one did, but for K and V that will be written again."""
+        self.attention.restart()
+        if not self.device.in_place:
+            self._settle()
+        self.weights.restart()
+
+    def _settle(self) -> None:
+        """Every stream waits for what is queued on the others, and so does the host."""
+        points = [self.device.record(stream) for stream in Stream]
+        for point in points:
+            for stream in Stream:
+                self.device.wait(stream, point)
+            self.device.synchronize(point)
 
     @property
     def bytes_moved(self) -> BytesMoved:

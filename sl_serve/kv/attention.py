@@ -36,6 +36,9 @@ class Attention(Protocol):
         """What attention gave, (T, Hq * D), for the compute stream. Of a cell whose sub-batch is
         attended to by the device, called before another is started."""
 
+    def restart(self) -> None:
+        """The step was given up: returns when nothing of it is attended to any more."""
+
     def close(self) -> None:
         """After the last step."""
 
@@ -69,6 +72,9 @@ class DeviceAttention:
         attended, self._attended = self._attended, None
         assert attended is not None
         return attended
+
+    def restart(self) -> None:
+        self._attended = None
 
     def close(self) -> None:
         pass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
@@ -116,6 +116,10 @@ class HostAttention:
         self.n_bytes_down += arriving.nbytes
         device.wait(Stream.COMPUTE, device.record(Stream.LOAD))
         return arriving
+
+    def restart(self) -> None:
+        wait([job.done for job in self._jobs.values()])
+        self._jobs.clear()
 
     def close(self) -> None:
         """Waits for the worker; what it has not begun is dropped."""

@@ -55,6 +55,10 @@ class SplitAttention:
         attention, own_cell = self._own(cell)
         return attention.finish(own_cell)
 
+    def restart(self) -> None:
+        self._on_device.restart()
+        self._on_host.restart()
+
     def close(self) -> None:
         self._on_device.close()
         self._on_host.close()

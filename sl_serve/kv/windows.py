@@ -176,9 +176,10 @@ class WindowedKV:
         self._loaded[index] = self._device.record(Stream.LOAD)
 
     def _scatter_oldest(self) -> None:
-        arrival = self._arrivals.popleft()
+        arrival = self._arrivals[0]
         self._device.synchronize(arrival.event)
         self._host.scatter(arrival.layer, arrival.offsets, arrival.staging[: arrival.n_bytes])
+        self._arrivals.popleft()  # not before: where memory runs short it is done again
         self._free_staging.append(arrival.staging)
 
     def _attended(self, index: int) -> torch.Tensor:

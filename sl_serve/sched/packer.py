@@ -10,6 +10,7 @@ sub-batches of their own.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -17,9 +18,15 @@ from sl_serve.core import Request, RowWork, StepPlan, SubBatchPlan
 from sl_serve.sched.residents import Residents
 
 
-def pack(residents: Residents, prefill_budget_tokens: int, n_sub_batches: int) -> StepPlan:
-    """Plan one step over the residents; empty when there are none."""
-    works = _choose_rows(residents, prefill_budget_tokens)
+def pack(
+    residents: Residents,
+    prefill_budget_tokens: int,
+    n_sub_batches: int,
+    max_tokens: int = sys.maxsize,
+) -> StepPlan:
+    """Plan one step over the residents; empty when there are none. Rows for which `max_tokens`,
+    at least one, leaves nothing wait for a later step."""
+    works = _choose_rows(residents, prefill_budget_tokens, max_tokens)
     by_slab: dict[int, list[RowWork]] = defaultdict(list)
     for work in works:
         by_slab[work.slab].append(work)
@@ -68,17 +75,20 @@ def _n_all(by_slab: Mapping[int, list[RowWork]]) -> int:
     return sum(map(_n_tokens, by_slab.values()))
 
 
-def _choose_rows(residents: Residents, prefill_budget_tokens: int) -> list[RowWork]:
+def _choose_rows(
+    residents: Residents, prefill_budget_tokens: int, max_tokens: int
+) -> list[RowWork]:
     works = []
-    left = prefill_budget_tokens
+    left, room = prefill_budget_tokens, max_tokens
     for request in residents:  # oldest first
         remaining = request.n_tokens - request.n_cached
-        if remaining == 1:
-            works.append(_row_work(residents, request, 1))
-        elif left > 0:
-            n_new = min(remaining, left)
+        n_new = min(1 if remaining == 1 else min(remaining, left), room)
+        if n_new == 0:
+            continue
+        if remaining > 1:
             left -= n_new
-            works.append(_row_work(residents, request, n_new))
+        room -= n_new
+        works.append(_row_work(residents, request, n_new))
     return works
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 from sl_serve.device import Device
@@ -19,8 +19,9 @@ N_PIECES = 2  # in memory
 class HeadWeight(Protocol):
     n_rows: int  # the vocabulary's size
 
-    def pieces(self) -> Iterator[tuple[int, Rows]]:
-        """(first row, some rows (n, hidden)), all rows in order; each valid until the next.
+    def pieces(self) -> Generator[tuple[int, Rows]]:
+        """(first row, some rows (n, hidden)), all rows in order; each valid until the next. To be
+        closed if it is left before its end.
 
         Raises WeightReadError.
         """
@@ -34,7 +35,7 @@ class ResidentHead:
         self.n_rows = weight.shape[0]
         self._weight = weight
 
-    def pieces(self) -> Iterator[tuple[int, Rows]]:
+    def pieces(self) -> Generator[tuple[int, Rows]]:
         yield 0, self._weight
 
     def close(self) -> None:
@@ -61,11 +62,19 @@ class FileHead:
         slots = host_images_of(slot_bytes(self._rows_per_piece * row_bytes), range(N_PIECES))
         self._ring = DiskRing(range(len(extents)), extents, list(slots.values()), readers)
 
-    def pieces(self) -> Iterator[tuple[int, Rows]]:
-        for i, first in enumerate(self._firsts):
-            rows = self._ring.acquire(i).view(self._dtype).view(-1, self._width)
-            yield first, self._device.upload(rows[: self._n(first)])
-            self._ring.release(None)
+    def pieces(self) -> Generator[tuple[int, Rows]]:
+        numbered = enumerate(self._firsts)
+        try:
+            for i, first in numbered:
+                rows = self._ring.acquire(i).view(self._dtype).view(-1, self._width)
+                try:
+                    yield first, self._device.upload(rows[: self._n(first)])
+                finally:
+                    self._ring.release(None)
+        finally:
+            for i, _ in numbered:  # left before the end: the ring's order never changes
+                self._ring.acquire(i)
+                self._ring.release(None)
 
     def close(self) -> None:
         self._ring.close()

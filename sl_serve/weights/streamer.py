@@ -33,6 +33,10 @@ class WeightSource(Protocol):
     def buffer(self) -> torch.Tensor:
         """The memory that the layer acquired last is read from."""
 
+    def restart(self) -> None:
+        """The step was given up, and nothing computes any more: the layers it did not come to pass
+        by without being computed with, and the next one is the first."""
+
     @property
     def n_bytes_moved(self) -> int:
         """Bytes of all layers acquired so far."""
@@ -47,6 +51,7 @@ class InPlaceWeights:
         self._views: dict[tuple[int, int], LayerWeights] = {}
         self._image: torch.Tensor | None = None
         self._n_acquired = 0
+        self._n_released = 0
 
     def acquire(self) -> LayerWeights:
         layer = self._n_acquired % self._store.n_layers
@@ -61,7 +66,15 @@ class InPlaceWeights:
         pass
 
     def release(self) -> None:
-        self._store.release((self._n_acquired - 1) % self._store.n_layers)
+        self._store.release(self._n_released % self._store.n_layers)
+        self._n_released += 1
+
+    def restart(self) -> None:
+        if self._n_released < self._n_acquired:
+            self.release()
+        while self._n_acquired % self._store.n_layers:
+            self.acquire()
+            self.release()
 
     def buffer(self) -> torch.Tensor:
         assert self._image is not None
@@ -123,12 +136,14 @@ class StreamedWeights:
         self._filling = 0  # the unit whose copy is being queued
         self._filled_bytes = 0  # how much of it is
         self._image: torch.Tensor | None = None  # what it is copied from
+        self._n_layers_acquired = 0
         self._n_layers_released = 0
         self._n_units_released = 0
         self.n_bytes_moved = 0
 
     def acquire(self) -> LayerWeights:
-        self._layer = layer = (self._layer + 1) % len(self._phases)
+        self._layer = layer = self._n_layers_acquired % len(self._phases)
+        self._n_layers_acquired += 1
         if layer in self._resident:
             return self._ready(self._resident_views[layer], self._resident[layer])
         self._unit += 1
@@ -160,6 +175,14 @@ class StreamedWeights:
         self._n_units_released += 1
         if not self._leaves_its_slot_at_once(layer):
             self._released[slot] = self._device.record(Stream.COMPUTE)
+
+    def restart(self) -> None:
+        while self._n_layers_released < self._n_layers_acquired:
+            self.release()
+        while self._n_layers_acquired % len(self._phases):
+            self.acquire()
+            self.advance(0, 1)
+            self.release()
 
     def buffer(self) -> torch.Tensor:
         if self._expander is not None and not self._layout.is_plain(self._layer):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -15,21 +13,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from server.settings import ServerSettings
 from sl_serve.engine import Engine
-from tests.engine.running import config, engine
+from tests.e2e.serving import serving
 from tests.models import EOS
 from tests.server.conftest import LiveServer
 
-SETTINGS = ServerSettings(served_model_names=("tiny",))
 N_REQUESTS = 200
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[tuple[LiveServer, Engine]]:
-    settings = replace(config(max_rows=16, n_sub_batches=2, prefill_chunk_tokens=64))
-    with engine(folder, settings) as running, LiveServer(running, SETTINGS) as live:
-        yield live, running
 
 
 @pytest.fixture(scope="module")

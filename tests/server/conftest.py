@@ -61,11 +61,11 @@ class LiveServer:
     def __init__(self, engine: FakeEngine, settings: ServerSettings) -> None:
         self.app = create_app(engine, settings)
         self._ready = threading.Event()
-        self._listener = bind("127.0.0.1", 0)
-        self.port: int = self._listener.getsockname()[1]
+        self.listener = bind("127.0.0.1", 0)
+        self.port: int = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server: DrainingServer = build_server(self.app, self._on_ready)
-        self._thread = threading.Thread(target=self.server.run, args=([self._listener],))
+        self._thread = threading.Thread(target=self.server.run, args=([self.listener],))
 
     def __enter__(self) -> LiveServer:
         self._thread.start()

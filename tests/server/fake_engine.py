@@ -105,6 +105,7 @@ class FakeEngine:
         self.reason: str | None = None
         self.n_steps = 0
         self.since_progress_s = 0.0
+        self.slow_step_s = 0.0
         self.gate = threading.Event()  # cleared: no step is done, aborts still are
         self.gate.set()
         self._failure: str | None = None
@@ -162,6 +163,7 @@ class FakeEngine:
             weight_bytes_total=7,
             kv_used_bytes=25,
             kv_total_bytes=100,
+            slow_step_s=self.slow_step_s,
         )
 
     def drain(self, timeout_s: float) -> bool:

@@ -38,6 +38,14 @@ class Process:
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def wait_for(self, event: str) -> None:
+        """Reads the log until it tells of it."""
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if event in line:
+                return
+        pytest.fail(f"the log does not tell of {event}")
+
     def wait(self) -> tuple[int, str]:
         """Exit code and log."""
         _, log = self._process.communicate(timeout=20)
@@ -118,21 +126,85 @@ def test_drain_timeout_ends_streams_with_an_error_event(engine: str) -> None:
         assert "drain_timeout" in log
 
 
-def test_second_interrupt_does_not_wait() -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (signal.SIGINT, signal.SIGINT, 130),
+        (signal.SIGTERM, signal.SIGTERM, 143),
+        (signal.SIGTERM, signal.SIGINT, 130),
+    ],
+)
+def test_a_second_signal_does_not_wait(
+    first: signal.Signals, second: signal.Signals, expected: int
+) -> None:
     with (
-        serving("60", "stuck", "console") as process,
+        serving("600", "stuck", "console") as process,
         posting(process, LONG | {"stream": True}),
     ):
-        started_s = time.monotonic()
-        process.signal(signal.SIGINT)
-        time.sleep(0.3)
-        process.signal(signal.SIGTERM)  # asks for what already happens
-        time.sleep(0.3)
-        process.signal(signal.SIGINT)
-        code, log = process.wait()
-        assert time.monotonic() - started_s < 8
-    assert code == 130, log
+        process.signal(first)
+        process.wait_for("draining")
+        process.signal(second)
+        code, log = process.wait()  # within a fraction of the ten minutes
+    assert code == expected, log
     assert "Traceback" not in log
+
+
+def test_thirty_two_answers_end_and_nothing_is_left() -> None:
+    """Half of them as streams; they only begin when the server is being stopped."""
+    bodies = [LONG | {"seed": i, "stream": i % 2 == 1, "max_tokens": 8} for i in range(32)]
+    with serving("30", "held", "json") as process, posting(process, *bodies) as answers:
+        process.signal(signal.SIGTERM)
+        process.wait_for("draining")
+        process.signal(signal.SIGUSR2)
+        for i, answer in enumerate(answers):
+            assert answer.result().status_code == 200
+            assert text_in(answer.result()) == text_of(expected_output("a", 8, seed=i))
+        code, log = process.wait()
+    assert code == 0, log
+    assert '"drain_timeout"' not in log
+
+
+def test_thirty_two_answers_that_do_not_end_are_told() -> None:
+    bodies = [LONG | {"stream": i % 2 == 1} for i in range(32)]
+    with serving("0.2", "stuck", "console") as process, posting(process, *bodies) as answers:
+        process.signal(signal.SIGTERM)
+        for i, answer in enumerate(answers):
+            found = answer.result()
+            error = events(found.text)[-1]["error"] if i % 2 else found.json()["error"]
+            assert error["code"] == "shutting_down"
+        code, log = process.wait()
+    assert code == 0, log
+
+
+def test_a_dead_engine_ends_the_process_after_all_have_heard() -> None:
+    with (
+        serving("30", "held", "console") as process,
+        posting(process, LONG, LONG | {"stream": True}) as (whole, stream),
+    ):
+        process.signal(signal.SIGUSR1)
+        assert whole.result().status_code == 500
+        assert whole.result().json()["error"]["code"] == "internal_error"
+        *_, last = events(stream.result().text)
+        assert last["error"]["code"] == "internal_error"
+        code, log = process.wait()
+    assert code == 1, log
+    assert "the bus fell asleep" in log
+
+
+def test_a_thread_that_never_ends_does_not_keep_the_process() -> None:
+    """A prompt that takes an hour to tokenise, on a thread that Python waits for at its end."""
+    with serving("0.1", "slow-tokenizer", "console") as process:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(process.url + PATH, json=LONG, timeout=1)
+        process.signal(signal.SIGTERM)
+        code, log = process.wait()
+    assert code == 0, log
+
+
+def text_in(answer: httpx.Response) -> str:
+    if answer.headers["content-type"] == "application/json":
+        return str(answer.json()["choices"][0]["text"])
+    return "".join(chunk["choices"][0]["text"] for chunk in events(answer.text))
 
 
 def test_idle_server_stops_at_once_though_connections_are_open() -> None:

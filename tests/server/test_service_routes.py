@@ -93,22 +93,45 @@ async def test_health_by_state(client: httpx.AsyncClient, engine: FakeEngine) ->
     engine.state = EngineState.CLOSED
     assert await statuses(client) == (200, 200, 503, 503)
     engine.state, engine.reason = EngineState.DEAD, "the disk is gone"
-    assert await statuses(client) == (200, 200, 503, 503)
-    error = (await client.get("/health")).json()["error"]
-    assert "the disk is gone" in error["message"]
-    assert error["code"] == "engine_dead"
+    assert await statuses(client) == (503, 503, 503, 503)
+    for path in ("/live", "/health", "/ready"):
+        response = await client.get(path)
+        assert response.json()["error"]["code"] == "engine_dead"
+        assert "the disk is gone" not in response.text  # anyone may ask
 
 
-async def test_not_ready_without_progress(make_client: MakeClient, engine: FakeEngine) -> None:
-    client = make_client(stall_floor_s=10)
-    engine.since_progress_s = 11.0
-    assert (await client.get("/ready")).status_code == 200  # nothing runs
+async def test_progress_decides_by_how_long_steps_take(
+    make_client: MakeClient, engine: FakeEngine
+) -> None:
+    client = make_client(stall_floor_s=100)
     engine.gate.clear()
     engine.active["x"] = None  # type: ignore[assignment]
-    assert (await client.get("/ready")).json()["error"]["code"] == "stuck"
-    engine.since_progress_s = 9.0
-    assert (await client.get("/ready")).status_code == 200
+
+    async def asked(n_steps: int, slow_step_s: float, since_progress_s: float) -> tuple[int, ...]:
+        engine.n_steps, engine.slow_step_s = n_steps, slow_step_s
+        engine.since_progress_s = since_progress_s
+        found = await statuses(client)
+        metrics = await read_metrics(client)
+        assert metrics["sl_serve_engine_stuck"] == (found[3] == 503)
+        return found
+
+    fine, stuck, hopeless = (200, 200, 200, 200), (200, 200, 503, 503), (503, 503, 503, 503)
+    assert await asked(0, 0.0, 99) == fine  # nobody knows yet what is usual
+    assert await asked(19, 0.01, 99) == fine
+    assert await asked(19, 0.01, 101) == stuck
+    assert await asked(20, 0.01, 14) == fine
+    assert await asked(20, 0.01, 16) == stuck
+    assert await asked(20, 0.01, 149) == stuck
+    assert await asked(20, 0.01, 151) == hopeless
+    assert await asked(500, 40.0, 119) == fine
+    assert await asked(500, 40.0, 121) == stuck  # three slow steps
+    error = (await client.get("/ready")).json()["error"]
+    assert error["code"] == "stuck"
+    assert "121 s" in error["message"] and "40 s" in error["message"]
+    assert await asked(500, 40.0, 1201) == hopeless
+    assert await asked(501, 40.0, 0) == fine  # it ended after all
     del engine.active["x"]
+    assert await asked(500, 0.01, 10_000) == fine  # nothing runs
 
 
 async def test_dead_engine_refuses_without_details(
@@ -140,6 +163,7 @@ async def test_failing_request(client: httpx.AsyncClient, engine: FakeEngine, st
         assert response.status_code == 500
         error = response.json()["error"]
     assert error["type"] == "server_error"
+    assert "request mine;" in error["message"]
     assert "inside story" not in response.text
     (told,) = [line for line in lines if line.get("reason") == "inside story"]
     assert told["request_id"] == "mine"
@@ -160,7 +184,9 @@ async def test_bug_in_the_server_is_a_500_with_the_id_in_the_log(
         )
     assert response.status_code == 500
     assert response.headers["x-request-id"] == "mine"
-    assert response.json()["error"]["code"] == "internal_error"
+    error = response.json()["error"]
+    assert error["code"] == "internal_error"
+    assert "request mine;" in error["message"]
     assert "secret" not in response.text
     failed = next(line for line in lines if line["event"] == "request_failed")
     assert failed["request_id"] == "mine"

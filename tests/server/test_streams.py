@@ -6,6 +6,7 @@ import asyncio
 import json
 import select
 import socket
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -171,15 +172,23 @@ def test_reader_that_never_reads_holds_up_nobody(live: LiveServer, engine: FakeE
 
 
 def test_live_answers_while_a_long_prompt_is_tokenised(
-    live: LiveServer, engine: FakeEngine
+    live: LiveServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.tokenizer.encode_s = 1.5
+    """The tokenizer does not return before others have been answered."""
+    entered, may_return = threading.Event(), threading.Event()
+    encode = engine.tokenizer.encode
+
+    def held(text: str, add_special_tokens: bool = True) -> list[int]:
+        entered.set()
+        assert may_return.wait(20)
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(engine.tokenizer, "encode", held)
     with send_request(live, {"prompt": "a" * 2**20}) as connection:
-        time.sleep(0.2)
-        for _ in range(5):
-            started_s = time.monotonic()
-            assert httpx.get(live.url + "/live").status_code == 200
-            assert time.monotonic() - started_s < 0.3
+        assert entered.wait(10)
+        for path in ("/live", "/ready", "/v1/models", "/metrics"):
+            assert httpx.get(live.url + path).status_code == 200
+        may_return.set()
         assert connection.recv(65536).startswith(b"HTTP/1.1 400")  # longer than the context
     assert engine.submitted == []
 

@@ -1,0 +1,61 @@
+"""Everything at once for long: 100,000 requests; nothing grows, nothing gets stuck.
+
+Usage: scripts/prove soak [--requests N] [--seed N] [--bytes-per-request N]
+
+Streams and whole answers, clients that leave, malformed requests and tokenising, 24 at a time, on a
+tiny model. Told are outcomes, memory, open files and threads; memory may grow by so many bytes per
+request over the second half, files and threads by none but those of the requests under way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.e2e.serving import tiny_folder
+from tests.e2e.soak import N_CLIENTS, Soak, soak
+
+
+def main() -> int:
+    args = _arguments()
+    console = Console()
+    with tiny_folder() as folder, Progress(console=console) as bar:
+        task = bar.add_task("requests", total=args.requests)
+        found = asyncio.run(soak(folder, args.requests, args.seed, lambda: bar.advance(task)))
+    for complaint in found.complaints[:20]:
+        console.print(complaint, markup=False)
+    for sample in found.samples[:: max(1, len(found.samples) // 10)]:
+        console.print(
+            f"{sample.n_requests:8} requests: {sample.rss_bytes / 2**20:7.1f} MiB, "
+            f"{sample.n_files:3} files, {sample.n_threads:3} threads"
+        )
+    outcomes = ", ".join(f"{n} {kind}" for kind, n in sorted(found.outcomes.items()))
+    console.print(f"{outcomes}; {len(found.complaints)} went wrong")
+    console.print(f"memory grows by {found.bytes_per_request:.0f} bytes per request")
+    grows = found.bytes_per_request > args.bytes_per_request
+    return int(bool(found.complaints) or grows or _leaks(found))
+
+
+def _leaks(found: Soak) -> bool:
+    first, last = found.samples[len(found.samples) // 2], found.samples[-1]
+    # Each client has a connection, with a file on either side.
+    return last.n_files > first.n_files + 2 * N_CLIENTS or last.n_threads > first.n_threads + 2
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/prove soak")
+    parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bytes-per-request", type=float, default=100.0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
