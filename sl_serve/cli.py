@@ -40,6 +40,7 @@ def serve(
     host: o.Host = "127.0.0.1",
     port: o.Port = 8000,
     served_model_name: o.ServedNames = None,
+    tool_parser: o.ToolParser = "auto",
     drain_timeout: o.DrainTimeout = 30.0,
     log_json: o.LogJson = False,
     api_key: o.ApiKeys = None,
@@ -77,6 +78,7 @@ def serve(
         port=port,
         allowed_hosts=tuple(allowed_host or ()),
         cors_origins=tuple(cors_origin or ()),
+        tool_parser=tool_parser,
         drain_timeout_s=drain_timeout,
         log_json=log_json,
     )
