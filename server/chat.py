@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from server.context import ServerContext
+from server.engine_port import TokenizerPort
 from server.generation import Renderer, is_visible
 from server.logprobs import chat_logprobs
 from server.params import Prompt, Work, check_limits, check_logprobs, plan_work, sampling_params
 from server.schemas import ChatBody
+from server.structured import asked_form
+from server.tools import CallTexts, ToolUse, tool_use
 from sl_serve.core import TokenOut
 from sl_serve.errors import RequestError
+from sl_serve.grammar.forms import Form, one_of
 
 
 class ChatCompletions:
@@ -26,7 +31,15 @@ class ChatCompletions:
         self._check(body)
         logprobs = body.top_logprobs if body.logprobs else None
         sampling = sampling_params(body, engine.vocab_size, logprobs=logprobs)
-        text = engine.tokenizer.render_chat([m.for_template() for m in body.messages])
+        parser, template = self._context.settings.tool_parser, engine.tokenizer.tool_template
+        tools = tool_use(body, parser, template)
+        if tools is not None:  # what marks a call may be a special token
+            sampling = replace(sampling, skip_special_tokens=False)
+        grammar = self._context.wanted(_form(asked_form(body), tools, engine.tokenizer))
+        text = engine.tokenizer.render_chat(
+            [message.for_template() for message in body.messages],
+            tools=None if tools is None else tools.for_template(),
+        )
         # the template writes the special tokens itself
         prompt = Prompt(engine.tokenizer.encode(text, add_special_tokens=False))
         newer = body.max_completion_tokens
@@ -39,6 +52,8 @@ class ChatCompletions:
             max_tokens=body.max_tokens if newer is None else newer,
             default_max_tokens=None,
             max_model_len=engine.max_model_len,
+            grammar=grammar,
+            tools=tools,
         )
 
     def _check(self, body: ChatBody) -> None:
@@ -46,45 +61,19 @@ class ChatCompletions:
         check_logprobs("top_logprobs", body.top_logprobs, self._context.settings)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
-        if body.response_format is not None and body.response_format.type != "text":
-            raise _not_built_in("response_format", "a type other than 'text'")
-        if body.tools:
-            raise _not_built_in("tools", "calling tools")
-        if body.tool_choice not in (None, "none", "auto"):
-            raise _not_built_in("tool_choice", "forcing a tool call")
 
     def renderer(self, work: Work) -> Renderer:
-        begun: set[int] = set()
-
-        def render(index: int, out: TokenOut) -> list[dict[str, Any]]:
-            if not is_visible(out, work.body):
-                return []
-            chunks = []
-            if index not in begun:
-                begun.add(index)
-                chunks.append(_chunk(index, {"role": "assistant", "content": ""}))
-                if work.body.return_token_ids:
-                    chunks[0]["prompt_token_ids"] = work.choices[index][0].ids
-            delta = {"content": out.text} if out.text else {}
-            return [*chunks, _chunk(index, delta) | self._details(work, out)]
-
-        return render
+        choices = [_Choice(self, work, index) for index in range(len(work.choices))]
+        return lambda index, out: choices[index].render(out)
 
     def collect(self, work: Work, outs: list[TokenOut]) -> dict[str, Any]:
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": out.text, "refusal": None},
-                **self._details(work, out),
-            }
-            for index, out in enumerate(outs)
-        ]
+        choices = [_Choice(self, work, index).whole(out) for index, out in enumerate(outs)]
         answer = work.envelope("chat.completion") | {"choices": choices}
         if work.body.return_token_ids:
             answer["prompt_token_ids"] = work.choices[0][0].ids
         return answer
 
-    def _details(self, work: Work, out: TokenOut) -> dict[str, Any]:
+    def details(self, work: Work, out: TokenOut) -> dict[str, Any]:
         assert isinstance(work.body, ChatBody)
         details: dict[str, Any] = {
             "logprobs": None,
@@ -98,11 +87,64 @@ class ChatCompletions:
         return details
 
 
+class _Choice:
+    """One choice, in one piece or in many."""
+
+    def __init__(self, dialect: ChatCompletions, work: Work, index: int) -> None:
+        self._dialect = dialect
+        self._work = work
+        self._index = index
+        self._calls = None if work.tools is None else CallTexts(work.tools)
+        self._begun = False
+
+    def render(self, out: TokenOut) -> list[dict[str, Any]]:
+        body = self._work.body
+        if not is_visible(out, body):
+            return []
+        chunks = [] if self._begun else [self._first()]
+        self._begun = True
+        deltas = self._deltas(out)
+        chunks += [_chunk(self._index, delta) for delta in deltas[:-1]]
+        if deltas or out.logprobs or out.finish_reason or body.return_token_ids:
+            delta = deltas[-1] if deltas else {}
+            chunks.append(_chunk(self._index, delta) | self._details(out))
+        return chunks
+
+    def whole(self, out: TokenOut) -> dict[str, Any]:
+        said = {"content": out.text} if self._calls is None else self._calls.message(out.text)
+        message = {"role": "assistant", "refusal": None, **said}
+        return {"index": self._index, "message": message, **self._details(out)}
+
+    def _first(self) -> dict[str, Any]:
+        content = "" if self._calls is None else None  # an answer of calls alone has no content
+        chunk = _chunk(self._index, {"role": "assistant", "content": content})
+        if self._work.body.return_token_ids:
+            chunk["prompt_token_ids"] = self._work.choices[self._index][0].ids
+        return chunk
+
+    def _deltas(self, out: TokenOut) -> list[dict[str, Any]]:
+        if self._calls is not None:
+            return self._calls.deltas(out.text, is_last=out.finish_reason is not None)
+        return [{"content": out.text}] if out.text else []
+
+    def _details(self, out: TokenOut) -> dict[str, Any]:
+        details = self._dialect.details(self._work, out)
+        if self._calls is not None:
+            details["finish_reason"] = self._calls.finish_reason(out.finish_reason)
+        return details
+
+
+def _form(
+    asked: tuple[Form, str] | None, tools: ToolUse | None, tokenizer: TokenizerPort
+) -> tuple[Form, str] | None:
+    """What the answer must follow: a form, calls, or one of both."""
+    if tools is None or (asked is None and not tools.forced):
+        return asked
+    calls = tools.form(tokenizer)
+    if tools.forced or asked is None:
+        return calls, "tools"
+    return one_of([asked[0], calls]), asked[1]
+
+
 def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-
-def _not_built_in(param: str, what: str) -> RequestError:
-    return RequestError(
-        f"'{param}' asks for {what}, which is not built in.", param, "not_supported"
-    )

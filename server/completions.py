@@ -9,6 +9,7 @@ from server.generation import Renderer, is_visible
 from server.logprobs import CompletionLogprobs, joined
 from server.params import Work, check_limits, check_logprobs, encode, plan_work, sampling_params
 from server.schemas import CompletionBody
+from server.structured import asked_form
 from sl_serve.core import TokenOut
 from sl_serve.errors import RequestError
 
@@ -27,6 +28,7 @@ class Completions:
         engine = self._context.engine
         self._check(body)
         sampling = sampling_params(body, engine.vocab_size, logprobs=body.logprobs, echo=body.echo)
+        grammar = self._context.wanted(asked_form(body))
         prompts = [encode(engine, prompt, body.add_special_tokens) for prompt in body.prompt]
         return plan_work(
             "cmpl",
@@ -37,6 +39,7 @@ class Completions:
             max_tokens=body.max_tokens,
             default_max_tokens=DEFAULT_MAX_TOKENS,
             max_model_len=engine.max_model_len,
+            grammar=grammar,
         )
 
     def _check(self, body: CompletionBody) -> None:

@@ -18,6 +18,10 @@ from server.metrics import ServerMetrics
 from server.params import Work
 from server.schemas import Body, BodyT, validate
 from server.settings import ServerSettings
+from sl_serve.errors import QueueFullError
+from sl_serve.grammar.compiler import Grammars, Wanted
+from sl_serve.grammar.forms import Form, source_of
+from sl_serve.grammar.vocabulary import vocabulary_of
 
 log = structlog.get_logger(__name__)
 
@@ -25,6 +29,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_IGNORED_NAMES = 100
+MAX_COMPILING = 64
+RETRY_COMPILE_S = 5
 
 
 class ServerContext:
@@ -34,16 +40,44 @@ class ServerContext:
         self.metrics = ServerMetrics(engine, settings.stall_floor_s)
         self.jobs: set[Job] = set()
         self.created = int(time.time())  # unix seconds
+        self.grammars = Grammars(lambda: vocabulary_of(engine.tokenizer, engine.vocab_size))
+        # Apart from the others: these may wait for seconds, and one works while the others wait.
+        self._compilers = ThreadPoolExecutor(1, thread_name_prefix="sl-serve-compile")
+        self._n_compiling = 0  # on the loop
         self._workers = ThreadPoolExecutor(settings.n_workers, thread_name_prefix="sl-serve-front")
         self._ignored_names: set[str] = set()
 
     def close(self) -> None:
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+        self.grammars.close()
 
     async def off_loop(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs `work` on one of few threads, so that the loop keeps answering."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, lambda: work(*args, **kwargs))
+
+    def wanted(self, asked: tuple[Form, str] | None) -> Wanted | None:
+        """For `Work`: `asked` is a form and the field that asks for it."""
+        if asked is None:
+            return None
+        form, param = asked
+        return Wanted(self.grammars, source_of(form), param)
+
+    async def compile(self, work: Work) -> None:
+        """After it, `work.constraint()` takes no time. QueueFullError when many wait already."""
+        if work.grammar is None or work.grammar.is_ready:
+            return
+        if self._n_compiling >= MAX_COMPILING:
+            raise QueueFullError(
+                f"{self._n_compiling} grammars wait to be compiled; try again later",
+                RETRY_COMPILE_S,
+            )
+        self._n_compiling += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._compilers, work.grammar.grammar)
+        finally:
+            self._n_compiling -= 1
 
     def parse(self, kind: type[BodyT], raw: bytes) -> BodyT:
         body = validate(kind, parse_object(raw, self.settings.max_json_depth))

@@ -50,6 +50,7 @@ def is_visible(out: TokenOut, body: GenerationBody) -> bool:
 
 async def generate(context: ServerContext, dialect: Dialect, request: Request) -> Response:
     work = await context.off_loop(dialect.convert, await request.body())
+    await context.compile(work)
     job = context.start(work)
     record_of(request.scope).job = job
     if work.body.stream:

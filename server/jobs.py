@@ -72,7 +72,13 @@ class Job:
         self.n_prompt_tokens = work.n_prompt_tokens
         self.n_completion_tokens = 0
         self._requests = [
-            Request(f"{work.answer_id}-{i}", prompt.ids, sampling, partial(self._post, i))
+            Request(
+                f"{work.answer_id}-{i}",
+                prompt.ids,
+                sampling,
+                partial(self._post, i),
+                constraint=work.constraint(),
+            )
             for i, (prompt, sampling) in enumerate(work.choices)
         ]
 

@@ -13,10 +13,13 @@ from typing import Any
 from server.engine_port import EnginePort
 from server.schemas import GenerationBody
 from server.settings import ServerSettings
+from server.tools import ToolUse
 from sl_serve import __version__
 from sl_serve.admission import check_sampling, check_vocabulary
+from sl_serve.constraints import Constraint
 from sl_serve.core import SamplingParams
 from sl_serve.errors import RequestError
+from sl_serve.grammar.compiler import Wanted
 
 MAX_STOP_IDS = 1024
 
@@ -36,6 +39,13 @@ class Work:
     created: int  # unix seconds
     body: GenerationBody
     choices: tuple[tuple[Prompt, SamplingParams], ...]
+    # What every choice must follow. Compiling takes time: `context.compile` does it off the loop.
+    grammar: Wanted | None = None
+    tools: ToolUse | None = None
+
+    def constraint(self) -> Constraint | None:
+        """For one choice; a choice each. Compiles where nobody has done so before."""
+        return None if self.grammar is None else self.grammar.grammar().start()
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -142,6 +152,8 @@ def plan_work(
     max_tokens: int | None,
     default_max_tokens: int | None,
     max_model_len: int,
+    grammar: Wanted | None = None,
+    tools: ToolUse | None = None,
 ) -> Work:
     """`default_max_tokens` None: until the context is full."""
     choices = []
@@ -151,7 +163,7 @@ def plan_work(
         own = replace(sampling, max_tokens=limit)
         choices += [(prompt, replace(own, seed=_nth_seed(own.seed, i))) for i in range(body.n)]
     answer_id = f"{prefix}-{uuid.uuid4().hex}"
-    return Work(answer_id, model, int(time.time()), body, tuple(choices))
+    return Work(answer_id, model, int(time.time()), body, tuple(choices), grammar, tools)
 
 
 def _room(n_prompt: int, asked: int | None, default: int | None, max_len: int) -> int | None:

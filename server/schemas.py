@@ -7,8 +7,11 @@ are accepted. Limits that depend on the model or on settings are in `params`.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+import orjson
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -19,14 +22,18 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     WithJsonSchema,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
+from server.limits import nesting_exceeds
 from sl_serve.admission import INTEGERS, LOGIT_BIAS, RANGES, Range
 from sl_serve.errors import RequestError
 
 MAX_LOGIT_BIAS = 1024
+MAX_TOOLS = 128
+MAX_INNER_DEPTH = 64  # of JSON in a string
 
 PROMPT_SCHEMA = {
     "anyOf": [
@@ -120,6 +127,40 @@ def within(limits: Range, default: float | None) -> Any:
     return Field(default, ge=limits.lowest, le=highest)
 
 
+def parse_inner(text: str) -> Any:
+    """JSON that came as a string; ValueError where it is none."""
+    raw = text.encode()
+    if nesting_exceeds(raw, MAX_INNER_DEPTH):
+        raise ValueError(f"is nested deeper than {MAX_INNER_DEPTH} levels")
+    return orjson.loads(raw)
+
+
+def _read_json(value: object) -> object:
+    """A schema may also come as its text."""
+    return parse_inner(value) if isinstance(value, str) else value
+
+
+SCHEMA_FIELD = {"anyOf": [{"type": "object"}, {"type": "boolean"}]}
+JsonSchema = Annotated[Any, BeforeValidator(_read_json), WithJsonSchema(SCHEMA_FIELD)]
+
+
+class NamedSchema(Body):
+    name: str | None = None
+    schema_: JsonSchema = Field(alias="schema")
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(Body):
+    json_: JsonSchema = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class GenerationBody(Body):
     """What completions and chat completions share; the names are OpenAI's and vLLM's."""
 
@@ -143,6 +184,8 @@ class GenerationBody(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class CompletionBody(GenerationBody):
@@ -157,12 +200,33 @@ class CompletionBody(GenerationBody):
 TEMPLATE_FIELDS = {"role", "name", "tool_call_id", "tool_calls"}
 
 
+class CalledFunction(Body):
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+    @model_serializer
+    def _for_template(self) -> dict[str, object]:
+        """Templates write arguments as JSON themselves, so they get an object where it is one."""
+        arguments = self.arguments
+        if isinstance(arguments, str):
+            with suppress(ValueError):
+                parsed = parse_inner(arguments)
+                arguments = parsed if isinstance(parsed, dict) else arguments
+        return {"name": self.name, "arguments": arguments}
+
+
+class MadeCall(Body):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = ""
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[MadeCall] | None = None
 
     def for_template(self) -> dict[str, object]:
         """What a chat template may read; nothing else a client sends reaches it."""
@@ -173,8 +237,47 @@ class Message(Body):
 Messages = Annotated[list[Message], Field(min_length=1), FailFast()]
 
 
-class ResponseFormat(Body):
-    type: str
+class Function(Body):
+    name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()]
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTool:
+    name: str
+
+
+def read_tool_choice(value: object) -> str | NamedTool:
+    if value in ("none", "auto", "required"):
+        return str(value)
+    function = value.get("function") if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(
+            "should be 'none', 'auto', 'required' or {'type': 'function', 'function': "
+            "{'name': ...}}"
+        )
+    return NamedTool(name)
+
+
+TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "enum": ["none", "auto", "required"]},
+        {"type": "object", "required": ["type", "function"]},
+    ]
+}
+ToolChoice = Annotated[
+    str | NamedTool, PlainValidator(read_tool_choice), WithJsonSchema(TOOL_CHOICE_SCHEMA)
+]
 
 
 class ChatBody(GenerationBody):
@@ -182,9 +285,9 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0)
-    response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
 
 
 class TokenizeBody(Body):

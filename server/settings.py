@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from sl_serve.errors import UserError
+from sl_serve.tools.formats import ToolParserName
 
 LONGEST_PING_S = 15.0  # proxies commonly drop a stream after 30 to 60 silent seconds
 
@@ -25,6 +26,7 @@ class ServerSettings:
     max_stop: int = 16
     max_stop_chars: int = 1000
     max_logprobs: int = 20
+    tool_parser: ToolParserName = "auto"  # how the model writes calls; auto: by its chat template
     ping_s: float = LONGEST_PING_S
     drain_timeout_s: float = 30.0
     stall_floor_s: float = 120.0  # what the first steps may take; later ones are judged by them

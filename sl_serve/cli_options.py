@@ -17,6 +17,7 @@ from sl_serve.config import (
     SchedulerConfig,
 )
 from sl_serve.plan.budget import parse_size
+from sl_serve.tools.formats import ToolParserName
 
 DEFAULTS = SchedulerConfig()
 
@@ -174,6 +175,14 @@ ServedNames = Annotated[
     list[str] | None,
     _option(
         SERVER, "--served-model-name", "Name in the API; repeat for aliases. Default: the MODEL's."
+    ),
+]
+ToolParser = Annotated[
+    ToolParserName,
+    _option(
+        SERVER,
+        "--tool-parser",
+        "How the model writes calls of tools; auto: told by its chat template, none: no tools.",
     ),
 ]
 DrainTimeout = Annotated[

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from sl_serve.constraints import Constraint
+
 
 class FinishReason(StrEnum):
     STOP = "stop"  # eos, a stop id or a stop string
@@ -29,8 +31,9 @@ class SamplingParams:
     """How one continuation is drawn. `temperature == 0` is greedy and exact (lowest id wins ties).
 
     Penalties follow OpenAI (presence, frequency: over generated tokens) and CTRL (repetition:
-    over prompt and generated tokens, arXiv 1909.05858). Order: logit_bias, penalties,
-    temperature, top_k, top_p, min_p. Log probabilities are those of the model, before all that.
+    over prompt and generated tokens, arXiv 1909.05858). Order: the request's constraint,
+    logit_bias, penalties, temperature, top_k, top_p, min_p. Log probabilities are those of the
+    model, before all that.
     """
 
     max_tokens: int | None = None  # None: until the context is full; 0: only look at the prompt
@@ -48,6 +51,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True  # they have no text
     logprobs: int | None = None  # None: off; k: the chosen token and the k most likely
     prompt_logprobs: int | None = None
 
@@ -107,6 +111,7 @@ class Request:
     on_output: OnOutput
     priority: int = 0  # lower runs first
     arrival_s: float = 0.0  # time.monotonic() at submission
+    constraint: Constraint | None = None  # of this output alone
 
     output_ids: list[int] = field(default_factory=list)
     n_cached: int = 0  # tokens whose K and V lie in the slab

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sl_serve.core import FinishReason, Request, TokenLogprob, TokenOut, Usage
+from sl_serve.detokenizer import Detokenizer
 from sl_serve.logits import RowResult
 from sl_serve.sampling import SampledToken
 from sl_serve.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ class Delivery:
         self._stop_ids = frozenset(sampling.stop_token_ids)
         self._eos_ids = frozenset(() if sampling.ignore_eos else tokenizer.eos_token_ids)
         # Until min_tokens are out, stop strings are not looked for.
-        self._detokenizer = tokenizer.detokenizer(request.prompt_ids)
+        self._detokenizer = self._new_detokenizer(request.prompt_ids)
         self._watch_stops()
         self._prompt_logprobs: list[TokenLogprob] = []
         self._prompt_pending = sampling.prompt_logprobs is not None
@@ -45,6 +46,12 @@ class Delivery:
     def _add_token(self, token: SampledToken) -> bool:
         token_id = token.token_id
         self.request.output_ids.append(token_id)
+        constraint = self.request.constraint
+        if constraint is not None:
+            constraint.accept(token_id)
+            if constraint.failure is not None:
+                self.end(FinishReason.ERROR, constraint.failure)
+                return True
         text = ""
         stop: str | int | None = None
         reason: FinishReason | None = None
@@ -57,6 +64,8 @@ class Delivery:
         else:
             text, stop = self._detokenizer.feed(token_id)
             reason = FinishReason.STOP if stop is not None else None
+        if constraint is not None and constraint.is_done:  # whatever min_tokens and ignore_eos say
+            reason = FinishReason.STOP
         if reason is None and len(self.request.output_ids) >= self.max_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
@@ -71,9 +80,15 @@ class Delivery:
         sampling = self.request.sampling
         if len(self.request.output_ids) >= sampling.min_tokens:
             so_far = self.request.token_ids(0, self.request.n_tokens)
-            self._detokenizer = self._tokenizer.detokenizer(
+            self._detokenizer = self._new_detokenizer(
                 so_far, sampling.stop, sampling.include_stop_str_in_output
             )
+
+    def _new_detokenizer(
+        self, so_far: list[int], stop: tuple[str, ...] = (), include_stop: bool = False
+    ) -> Detokenizer:
+        skip_special = self.request.sampling.skip_special_tokens
+        return self._tokenizer.detokenizer(so_far, stop, include_stop, skip_special)
 
     def _tell(
         self,

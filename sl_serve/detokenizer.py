@@ -23,7 +23,7 @@ class Detokenizer:
     What is given out never has to be taken back: bytes of an unfinished character and characters
     that may begin a stop string are held until the next token or `flush`. The first stop string is
     the one that is complete first; of several complete at once, the longest. So the result depends
-    on the text alone, not on where its tokens end. Special tokens have no text.
+    on the text alone, not on where its tokens end. Special tokens have no text, unless asked for.
 
     The cost of a token does not depend on the length of the output.
     """
@@ -34,8 +34,9 @@ class Detokenizer:
         prompt_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
         include_stop: bool = False,
+        skip_special_tokens: bool = True,
     ) -> None:
-        self._shown = token_bytes.shown
+        self._shown = token_bytes.shown if skip_special_tokens else token_bytes.of
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         # An unfinished character at the prompt's end has at most 3 bytes, so at most 3 tokens.
         self._decode(b"".join(map(self._shown, prompt_ids[-3:])))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sl_serve.constraints import allowed_ids
 from sl_serve.core import Request, SamplingParams, TokenLogprob
 from sl_serve.errors import SlServeError
 
@@ -44,6 +45,9 @@ def sample(
     the host one by one.
     """
     greedy = best_tokens(logits)
+    for i, request in enumerate(requests):
+        if request.constraint is not None and _takes_the_best(request):
+            greedy[i] = int(_constrain(logits[i], request).argmax())
     return [
         SampledToken(greedy[i], None)
         if _takes_the_best(request)
@@ -79,6 +83,7 @@ def _sample_row(
 ) -> SampledToken:
     n_top = request.sampling.logprobs
     logprobs = None if n_top is None else torch.log_softmax(logits, dim=-1)
+    _constrain(logits, request)
     _adjust(logits, request, eos_token_ids)
     if request.sampling.temperature < MIN_TEMPERATURE:
         token_id = int(logits.argmax())
@@ -104,6 +109,15 @@ def prompt_logprobs(logits: torch.Tensor, targets: Sequence[int], n_top: int) ->
     return [token_logprob(row, t, n_top) for row, t in zip(logprobs, targets, strict=True)]
 
 
+def _constrain(logits: torch.Tensor, request: Request) -> torch.Tensor:
+    """`logits` (vocabulary,), in place: no token that the request's constraint forbids."""
+    mask = None if request.constraint is None else request.constraint.mask()
+    if mask is None:
+        return logits
+    allowed = torch.from_numpy(allowed_ids(mask, len(logits))).to(logits.device)
+    return logits.masked_fill_(~allowed, -torch.inf)
+
+
 def _adjust(logits: torch.Tensor, request: Request, eos_token_ids: Sequence[int]) -> None:
     """Bias, bans and penalties, in place."""
     params = request.sampling
@@ -119,7 +133,7 @@ def _adjust(logits: torch.Tensor, request: Request, eos_token_ids: Sequence[int]
     if len(request.output_ids) < params.min_tokens:
         banned = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
         # Not infinity: where every token is banned, one of them is drawn all the same.
-        logits[list(banned)] = torch.finfo(logits.dtype).min
+        logits[list(banned)] = logits[list(banned)].clamp(max=torch.finfo(logits.dtype).min)
 
 
 def _penalise_repetition(logits: torch.Tensor, request: Request, penalty: float) -> None:

@@ -59,6 +59,12 @@ class Tokenizer:
         template = self._templates.get("default")
         return template.source if template else None
 
+    @property
+    def tool_template(self) -> str | None:
+        """Jinja source of the template for requests with tools."""
+        template = self._templates.get("tool_use")
+        return template.source if template else self.chat_template
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Special tokens written out in `text` become their ids. Releases the GIL meanwhile."""
         try:
@@ -77,6 +83,10 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Exact; empty for an id that the tokenizer does not know."""
         return self._bytes.of(token_id)
+
+    def shown_bytes(self, token_id: int) -> bytes:
+        """As `token_bytes`, but empty for special tokens."""
+        return self._bytes.shown(token_id)
 
     def token_text(self, token_id: int) -> str:
         r"""For log probabilities. Part of a character, having no text, is shown as bytes:\xNN."""
@@ -109,9 +119,13 @@ class Tokenizer:
         )
 
     def detokenizer(
-        self, prompt_ids: Sequence[int] = (), stop: Sequence[str] = (), include_stop: bool = False
+        self,
+        prompt_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
     ) -> Detokenizer:
-        return Detokenizer(self._bytes, prompt_ids, stop, include_stop)
+        return Detokenizer(self._bytes, prompt_ids, stop, include_stop, skip_special_tokens)
 
     def _ids_of(self, name: str) -> tuple[int, ...]:
         text = self._special_tokens.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
@@ -25,6 +26,8 @@ class ToyTokenizer:
     eos_token: str | None = "</s>"
     pad_token: str | None = None
     chat_template: str | None = "toy"
+    tool_template: str | None = "toy"
+    eos_token_ids = (EOS,)
 
     def __init__(self) -> None:
         self.encode_s = 0.0  # how long encoding takes
@@ -45,6 +48,9 @@ class ToyTokenizer:
         special = {BOS: b"<s>", EOS: b"</s>", TWIN_A: b"a"}
         return bytes([token_id]) if token_id < 256 else special.get(token_id, b"")
 
+    def shown_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id in (BOS, EOS) else self.token_bytes(token_id)
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, object]],
@@ -55,6 +61,8 @@ class ToyTokenizer:
         if messages[-1]["content"] == "refuse me":
             raise RequestError("the template refuses", "messages")
         text = "".join(f"[{m['role']}]{m['content']}" for m in messages)
+        if tools is not None:
+            text = f"[tools]{json.dumps(tools)}{text}"
         return text + "[assistant]" * add_generation_prompt
 
 
@@ -77,11 +85,16 @@ def entry(ids: Sequence[int], token_id: int, k: int) -> TokenLogprob:
 def next_token(request: Request) -> int:
     ids = request.token_ids(max(0, request.n_tokens - 4), request.n_tokens)
     logprobs = logprobs_after(ids)
-    ranked = sorted(range(VOCAB), key=lambda i: -logprobs[i])
+    ranked = sorted(allowed_tokens(request), key=lambda i: -logprobs[i])
     if request.sampling.temperature == 0:
         return ranked[0]
     seed = 0 if request.sampling.seed is None else request.sampling.seed
-    return ranked[crc32(f"{seed},{request.n_tokens}".encode()) % 5]
+    return ranked[crc32(f"{seed},{request.n_tokens}".encode()) % min(5, len(ranked))]
+
+
+def allowed_tokens(request: Request) -> list[int]:
+    mask = None if request.constraint is None else request.constraint.mask()
+    return [i for i in range(VOCAB) if mask is None or mask[i // 32] >> i % 32 & 1]
 
 
 @dataclass
@@ -92,6 +105,7 @@ class FakeEngine:
     step_s: float = 0.0
     stuck: bool = False  # does nothing, not even aborts
     holds_text: bool = False  # shows text with the last token only
+    script: bytes | None = None  # what every answer is
     vocab_size: int = VOCAB
     n_parameters: int = 1_234_567
     tokenizer: ToyTokenizer = field(default_factory=ToyTokenizer)
@@ -232,7 +246,9 @@ class FakeEngine:
             usage = Usage(request.n_prompt, 0)
             reason = FinishReason.LENGTH
             return TokenOut("", (), "", (), prompt_logprobs, reason, usage=usage)
-        token_id = next_token(request)
+        n = len(request.output_ids)
+        scripted = self.script[n : n + 1] if self.script is not None else b""
+        token_id = scripted[0] if scripted else EOS if self.script else next_token(request)
         so_far = request.token_ids(0, request.n_tokens)
         logprobs = ()
         if sampling.logprobs is not None:
@@ -243,7 +259,12 @@ class FakeEngine:
             limit = min(limit, sampling.max_tokens)
         text = self.tokenizer.token_text(token_id)
         reason, stop = None, None
-        if text in sampling.stop:
+        if request.constraint is not None:
+            request.constraint.accept(token_id)
+        if token_id == EOS or (request.constraint is not None and request.constraint.is_done):
+            reason = FinishReason.STOP
+            text = "" if token_id == EOS else text
+        elif text in sampling.stop:
             reason, stop, text = FinishReason.STOP, text, ""
         elif len(request.output_ids) >= limit:
             reason = FinishReason.LENGTH

@@ -11,6 +11,12 @@ from tests.server.test_completions import events, text_of
 PATH = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+CALL_OF_ARGUMENTS = {"id": "2", "function": {"name": "f", "arguments": '{"a": null}'}}
+# A template writes arguments as JSON itself, so it is given what they mean.
+MADE = {"id": "2", "type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+
 
 def ids_of(text: str) -> list[int]:
     return list(text.encode())
@@ -43,7 +49,7 @@ async def test_roles_and_contents(client: httpx.AsyncClient, engine: FakeEngine)
         {"role": "system", "content": "s"},
         {"role": "developer", "content": [{"type": "text", "text": "d1"}]},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "t", "tool_call_id": "1"},
     ]
     response = await client.post(PATH, json={"messages": messages, "max_tokens": 1})
@@ -64,13 +70,13 @@ async def test_only_named_fields_reach_the_template(
     monkeypatch.setattr(engine.tokenizer, "render_chat", render)
     messages = [
         {"role": "user", "content": "a", "name": "n", "evil": "{{x}}"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL_OF_ARGUMENTS]},
         {"role": "tool", "content": "t", "tool_call_id": "1"},
     ]
     await client.post(PATH, json={"messages": messages, "max_tokens": 1})
     assert seen == [
         {"role": "user", "content": "a", "name": "n"},
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": "", "tool_calls": [MADE]},
         {"role": "tool", "content": "t", "tool_call_id": "1"},
     ]
 
@@ -155,11 +161,12 @@ async def test_accepted_though_without_effect(
 @pytest.mark.parametrize(
     ("wrong", "param", "code"),
     [
-        ({"tools": [{"type": "function"}]}, "tools", "not_supported"),
-        ({"tool_choice": "required"}, "tool_choice", "not_supported"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice", "not_supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not_supported"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "not_supported"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", None),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not_supported"),
+        ({"tool_choice": "required"}, "tool_choice", None),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", None),
+        ({"response_format": {"type": "xml"}}, "response_format.type", None),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", None),
         ({"response_format": {}}, "response_format.type", None),
         ({"top_logprobs": 2}, "top_logprobs", None),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None),

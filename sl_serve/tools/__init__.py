@@ -1,0 +1,1 @@
+"""Calls of tools: how each family of models writes them, read and enforced."""
