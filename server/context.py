@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import structlog
 
@@ -18,6 +18,9 @@ from server.metrics import ServerMetrics
 from server.params import Work
 from server.schemas import Body, BodyT, validate
 from server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from server.batch.service import BatchService
 
 log = structlog.get_logger(__name__)
 
@@ -33,11 +36,28 @@ class ServerContext:
         self.settings = settings
         self.metrics = ServerMetrics(engine)
         self.jobs: set[Job] = set()
+        self.batches: BatchService | None = None  # set by `create_app` where there is a folder
         self.created = int(time.time())  # unix seconds
         self._workers = ThreadPoolExecutor(settings.n_workers, thread_name_prefix="sl-serve-front")
         self._ignored_names: set[str] = set()
 
+    def batch_service(self) -> BatchService:
+        """ApiError 501 where batches are off."""
+        if self.batches is None:
+            raise ApiError(
+                501,
+                "Files and batches are off; start the server with --jobs-dir, a folder for them.",
+                code="batches_off",
+            )
+        return self.batches
+
+    def pause_batches(self) -> None:
+        if self.batches is not None:
+            self.batches.pause()
+
     def close(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def off_loop(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -175,6 +176,18 @@ ServedNames = Annotated[
     _option(
         SERVER, "--served-model-name", "Name in the API; repeat for aliases. Default: the MODEL's."
     ),
+]
+JobsDir = Annotated[
+    Path | None,
+    _option(
+        SERVER,
+        "--jobs-dir",
+        "Folder for files and batch jobs, which outlive the process. Default: none, both are off.",
+    ),
+]
+JobsQuota = Annotated[
+    str | None,
+    _option(SERVER, "--jobs-quota", "Most that files there may take, like 50GiB."),
 ]
 DrainTimeout = Annotated[
     float,

@@ -94,6 +94,7 @@ class FakeEngine:
     holds_text: bool = False  # shows text with the last token only
     vocab_size: int = VOCAB
     n_parameters: int = 1_234_567
+    max_rows: int = 16
     tokenizer: ToyTokenizer = field(default_factory=ToyTokenizer)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
