@@ -83,7 +83,7 @@ class Client:
     def send(self, call: Call) -> Completion:
         """The whole answer to `call`, at its end."""
         call = call.for_model(self.model())
-        response = self._request("POST", call.path, json=call.body)
+        response = self.request("POST", call.path, json=call.body)
         with connection_errors():
             response.read()
         return parse_completion(response)
@@ -93,14 +93,14 @@ class Client:
         """The answer as it is written. Leaving the block early makes the server stop."""
         call = call.for_model(self.model()).streamed()
         timeout = self.settings.timeout(read_s=None)
-        response = self._request("POST", call.path, json=call.body, timeout=timeout)
+        response = self.request("POST", call.path, json=call.body, timeout=timeout)
         try:
             yield TextStream(response)
         finally:
             response.close()
 
     def models(self) -> list[str]:
-        response = self._request("GET", "/v1/models")
+        response = self.request("GET", "/v1/models")
         with connection_errors():
             response.read()
         return parse_models(response)
@@ -125,8 +125,8 @@ class Client:
     ) -> None:
         self.close()
 
-    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """A response with a good status, its body still to be read."""
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """A response with a good status, its body still to be read and closed."""
         attempt = 0
         while True:
             attempt += 1

@@ -12,11 +12,15 @@ from starlette.responses import Response
 
 from server.access import Access
 from server.auth import ApiKeys, LoopbackGuard
+from server.batch.service import BatchService
+from server.batches_routes import batch_routes
 from server.chat import ChatCompletions
 from server.completions import Completions
 from server.context import ServerContext
 from server.engine_port import EnginePort
 from server.errors import ApiError, ClientGoneError, from_engine, from_http
+from server.files_routes import PATH as FILES_PATH
+from server.files_routes import file_routes, upload_limit_bytes
 from server.generation import generate
 from server.health import health_routes
 from server.limits import BodyLimit
@@ -32,8 +36,11 @@ log = structlog.get_logger(__name__)
 
 
 def create_app(engine: EnginePort, settings: ServerSettings) -> DescribedApp:
-    """The app is ready at once; `app.state.context` is what `run` needs of it to drain."""
+    """The app is ready at once, and at work where its folder has batches that have not ended;
+    `app.state.context` is what `run` needs of it to drain."""
     context = ServerContext(engine, settings)
+    if settings.jobs_dir is not None:
+        context.batches = BatchService(context, settings.jobs_dir, settings.jobs_quota_bytes)
     app = DescribedApp(
         title="sl-serve",
         version=__version__,
@@ -55,6 +62,8 @@ def create_app(engine: EnginePort, settings: ServerSettings) -> DescribedApp:
         model_routes(context),
         token_routes(context),
         health_routes(context),
+        file_routes(context),
+        batch_routes(context),
     ):
         app.include_router(router)
     return app
@@ -69,7 +78,7 @@ def _layers(context: ServerContext) -> list[Middleware]:
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id"],
             )
@@ -79,7 +88,8 @@ def _layers(context: ServerContext) -> list[Middleware]:
     elif settings.on_loopback:
         hosts, origins = settings.allowed_hosts, settings.cors_origins
         layers.append(Middleware(LoopbackGuard, hosts=hosts, origins=origins))
-    layers.append(Middleware(BodyLimit, max_bytes=settings.max_body_bytes))
+    larger = {FILES_PATH: upload_limit_bytes()}
+    layers.append(Middleware(BodyLimit, max_bytes=settings.max_body_bytes, larger=larger))
     return layers
 
 
@@ -106,7 +116,7 @@ async def _answer_api_error(_: Request, error: Exception) -> Response:
 async def _answer_engine_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, SlServeError)
     answer = from_engine(error)
-    if answer.status == 500:
+    if answer.status in (500, 507):
         log.error("engine_refused", reason=str(error))
     return answer.response()
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import structlog
 
@@ -22,6 +22,9 @@ from sl_serve.errors import QueueFullError
 from sl_serve.grammar.compiler import Grammars, Wanted
 from sl_serve.grammar.forms import Form, source_of
 from sl_serve.grammar.vocabulary import vocabulary_of
+
+if TYPE_CHECKING:
+    from server.batch.service import BatchService
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +42,7 @@ class ServerContext:
         self.settings = settings
         self.metrics = ServerMetrics(engine, settings.stall_floor_s)
         self.jobs: set[Job] = set()
+        self.batches: BatchService | None = None  # set by `create_app` where there is a folder
         self.created = int(time.time())  # unix seconds
         self.grammars = Grammars(lambda: vocabulary_of(engine.tokenizer, engine.vocab_size))
         # Apart from the others: these may wait for seconds, and one works while the others wait.
@@ -47,7 +51,23 @@ class ServerContext:
         self._workers = ThreadPoolExecutor(settings.n_workers, thread_name_prefix="sl-serve-front")
         self._ignored_names: set[str] = set()
 
+    def batch_service(self) -> BatchService:
+        """ApiError 501 where batches are off."""
+        if self.batches is None:
+            raise ApiError(
+                501,
+                "Files and batches are off; start the server with --jobs-dir, a folder for them.",
+                code="batches_off",
+            )
+        return self.batches
+
+    def pause_batches(self) -> None:
+        if self.batches is not None:
+            self.batches.pause()
+
     def close(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._compilers.shutdown(wait=False, cancel_futures=True)
         self.grammars.close()

@@ -61,6 +61,10 @@ class EnginePort(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def n_parameters(self) -> int: ...
+    @property
+    def max_rows(self) -> int:
+        """Requests that run at once."""
+        ...
 
     def submit(self, requests: Sequence[Request]) -> None:
         """All or nothing, from any thread, returns at once.

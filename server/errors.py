@@ -15,6 +15,7 @@ import structlog
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from server.batch.database import NotFoundError, StoreError
 from sl_serve.errors import (
     EngineClosedError,
     EngineDeadError,
@@ -100,7 +101,8 @@ def from_http(exc: HTTPException) -> ApiError:
 def from_engine(exc: SlServeError) -> ApiError:
     match exc:
         case RequestError():
-            return ApiError(400, str(exc), param=exc.param, code=exc.code)
+            status = 404 if isinstance(exc, NotFoundError) else 400
+            return ApiError(status, str(exc), param=exc.param, code=exc.code)
         case QueueFullError():
             headers = retry_after(exc.retry_after_s)
             return ApiError(429, str(exc), code="queue_full", headers=headers)
@@ -111,5 +113,8 @@ def from_engine(exc: SlServeError) -> ApiError:
         case EngineDeadError():
             message = "The engine has failed and takes no requests until the server is restarted."
             return ApiError(500, message, code="engine_dead")
+        case StoreError(full=True):
+            message = "The disk for files and batches is full; delete files or try again later."
+            return ApiError(507, message, code="insufficient_storage")
         case _:
             return internal_error()

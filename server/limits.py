@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -18,19 +19,23 @@ NOT_BRACKETS = bytes(set(range(256)) - STEPS.keys())
 
 
 class BodyLimit:
-    """Refuses bodies over `max_bytes`, by their declared length or by counting what comes."""
+    """Refuses bodies over `max_bytes`, by their declared length or by counting what comes.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    `larger`: paths with a limit of their own, for what is never whole in memory."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, larger: Mapping[str, int]) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        max_bytes = self._larger.get(scope["path"], self._max_bytes)
         declared = Headers(scope=scope).get("content-length", "0")
-        if _exceeds(declared, self._max_bytes):
-            await self._too_large().response()(scope, receive, send)
+        if _exceeds(declared, max_bytes):
+            await _too_large(max_bytes).response()(scope, receive, send)
             return
         received_bytes = 0
 
@@ -38,15 +43,16 @@ class BodyLimit:
             nonlocal received_bytes
             message = await receive()
             received_bytes += len(message.get("body", b""))
-            if received_bytes > self._max_bytes:
-                raise self._too_large()
+            if received_bytes > max_bytes:
+                raise _too_large(max_bytes)
             return message
 
         await self._app(scope, counted, send)
 
-    def _too_large(self) -> ApiError:
-        limit = f"{self._max_bytes:,} bytes"
-        return ApiError(413, f"The body is over the limit of {limit}; send it in smaller parts.")
+
+def _too_large(max_bytes: int) -> ApiError:
+    limit = f"{max_bytes:,} bytes"
+    return ApiError(413, f"The body is over the limit of {limit}; send it in smaller parts.")
 
 
 def _exceeds(digits: str, limit: int) -> bool:

@@ -34,13 +34,16 @@ class _ChoiceTimes:
 ENGINE_METRICS = {
     "n_running": ("num_requests_running", "Requests in the batch"),
     "n_waiting": ("num_requests_waiting", "Requests in the queue"),
-    "waiting_tokens": ("num_tokens_waiting", "Tokens of the requests in the queue"),
+    "waiting_tokens": ("num_tokens_waiting", "Their tokens, without those of batch jobs"),
     "kv_used_bytes": ("kv_cache_used_bytes", "KV memory in use"),
     "kv_total_bytes": ("kv_cache_total_bytes", "KV memory there is"),
     "since_progress_s": ("since_progress_seconds", "Since the last step ended"),
     "prompt_tokens_total": ("prompt_tokens_total", "Prompt tokens computed"),
     "generated_tokens_total": ("generation_tokens_total", "Tokens generated"),
-    "n_parked_total": ("num_preemptions_total", "Rows parked for want of KV memory"),
+    "n_parked_total": (
+        "num_preemptions_total",
+        "Rows parked for want of KV memory or for better ones",
+    ),
     "n_steps": ("engine_steps_total", "Steps done"),
     "n_short_of_memory": ("step_retries_total", "Steps repeated smaller: memory ran short"),
     "slow_step_s": ("slow_step_seconds", "99 of 100 of the latest steps were not slower"),

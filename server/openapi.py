@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
+from server.batch.schemas import BatchBody
 from server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 REF = "#/components/schemas/{model}"
@@ -22,7 +23,7 @@ class DescribedApp(FastAPI):
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             schema = super().openapi()
-            kinds = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+            kinds = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, BatchBody)
             _, bodies = models_json_schema(
                 [(kind, "validation") for kind in kinds], ref_template=REF
             )

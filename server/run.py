@@ -185,6 +185,7 @@ class DrainingServer(uvicorn.Server):
     async def _drain(self) -> None:
         timeout_s = self._context.settings.drain_timeout_s
         log.info("draining", unfinished=len(self._context.jobs), timeout_s=timeout_s)
+        self._context.pause_batches()
         if not await _drained(self._context, timeout_s):
             log.warning("drain_timeout", unfinished=len(self._context.jobs))
             self._end_jobs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
 
 from sl_serve.errors import UserError
 from sl_serve.tools.formats import ToolParserName
@@ -32,6 +33,8 @@ class ServerSettings:
     stall_floor_s: float = 120.0  # what the first steps may take; later ones are judged by them
     n_workers: int = 4  # threads that parse, tokenise and render
     log_json: bool = False
+    jobs_dir: Path | None = None  # None: no files, no batches
+    jobs_quota_bytes: int | None = None  # of all files there; None: as much as the disk has
 
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sl_serve import __version__, cli_plan
+from sl_serve import __version__, cli_batch, cli_plan
 from sl_serve import cli_options as o
 from sl_serve.config import QueueConfig
 from sl_serve.core import SamplingParams
@@ -47,6 +47,8 @@ def serve(
     api_key: o.ApiKeys = None,
     allowed_host: o.AllowedHosts = None,
     cors_origin: o.CorsOrigins = None,
+    jobs_dir: o.JobsDir = None,
+    jobs_quota: o.JobsQuota = None,
     device: o.Device = "cpu",
     dtype: o.DType = None,
     kv_dtype: o.KvDType = "auto",
@@ -67,10 +69,12 @@ def serve(
     queue_tokens: o.QueueTokens = QUEUE_DEFAULTS.max_tokens,
 ) -> None:
     """Serve MODEL over HTTP with OpenAI's API, until SIGTERM or Ctrl-C."""
+    from server.batch.service import check_folder
     from server.run import EXIT_S, bind, end_within
     from server.run import serve as run_server
     from server.settings import ServerSettings
     from sl_serve.cli_load import load_engine, model_name
+    from sl_serve.plan.budget import parse_size
 
     settings = ServerSettings(
         served_model_names=tuple(served_model_name or (model_name(model),)),
@@ -83,6 +87,8 @@ def serve(
         drain_timeout_s=drain_timeout,
         stall_floor_s=stall_floor,
         log_json=log_json,
+        jobs_dir=jobs_dir,
+        jobs_quota_bytes=None if jobs_quota is None else parse_size(jobs_quota),
     )
     config = o.engine_config(
         device=device,
@@ -103,7 +109,10 @@ def serve(
         threads=threads,
         queue=QueueConfig(queue_requests, queue_tokens),
     )
-    listener = bind(host, port)  # before the model is loaded: a taken port is known at once
+    # before the model is loaded: a taken port or a folder that cannot be used is known at once
+    listener = bind(host, port)
+    if jobs_dir is not None:
+        check_folder(jobs_dir)
     tuned = device == "cuda" and max_rows is None and sub_batches is None
     with closing(listener):
         engine = load_engine(model, config, console, tuned=tuned)
@@ -190,6 +199,7 @@ def pull(
 
 
 cli_plan.register(app)
+cli_batch.register(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -184,6 +185,18 @@ ToolParser = Annotated[
         "--tool-parser",
         "How the model writes calls of tools; auto: told by its chat template, none: no tools.",
     ),
+]
+JobsDir = Annotated[
+    Path | None,
+    _option(
+        SERVER,
+        "--jobs-dir",
+        "Folder for files and batch jobs, which outlive the process. Default: none, both are off.",
+    ),
+]
+JobsQuota = Annotated[
+    str | None,
+    _option(SERVER, "--jobs-quota", "Most that files there may take, like 50GiB."),
 ]
 DrainTimeout = Annotated[
     float,

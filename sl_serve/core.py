@@ -95,6 +95,10 @@ class TokenOut:
     usage: Usage = Usage(0, 0)
 
 
+# A request of this priority or a worse one is in nobody's way: it does not count against the
+# waiting queue's limits, and its row is parked when a better one needs it.
+BACKGROUND_PRIORITY = 1
+
 OnOutput = Callable[[TokenOut], None]  # called on the engine thread; must not block or raise
 
 

@@ -47,6 +47,7 @@ class Engine:
         self.max_model_len = parts.plan.max_model_len
         self.vocab_size = parts.sweep.config.vocab_size
         self.n_parameters = parts.n_parameters
+        self.max_rows = parts.plan.max_rows
         self._parts = parts
         self._queue = WaitingQueue(config.queue)
         self._deliveries: dict[str, Delivery] = {}
@@ -158,9 +159,8 @@ class Engine:
         self._take_out_aborted()
         parked = self._parts.residents.make_room()
         self._queue.push_back(parked)
+        self._admit(parked)
         self._totals.n_parked += len(parked)
-        if not parked:  # what was just freed belongs to the rows that run
-            self._admit()
         plan = pack(
             self._parts.residents,
             self._parts.plan.prefill_tokens,
@@ -180,10 +180,19 @@ class Engine:
                     self._queue.pop(request)
                 self._finish(request, FinishReason.ABORT)
 
-    def _admit(self) -> None:
+    def _admit(self, parked: list[Request]) -> None:
+        """`parked`: this turn; grows by what gives way. What they left is for the rows that run and
+        for better priorities."""
+        residents = self._parts.residents
         while (request := self._queue.peek()) is not None:
-            if not self._parts.residents.admit(request, self._expected_tokens(request)):
+            if parked and request.priority >= min(p.priority for p in parked):
                 return
+            while not residents.admit(request, self._expected_tokens(request)):
+                gone = residents.give_way(request)
+                if gone is None:
+                    return
+                self._queue.push_back([gone])
+                parked.append(gone)
             self._queue.pop(request)
 
     def _expected_tokens(self, request: Request) -> int:

@@ -43,9 +43,9 @@ class EngineSnapshot:
     reason: str | None  # of a dead engine
     n_running: int
     n_waiting: int
-    waiting_tokens: int
+    waiting_tokens: int  # without those of batch jobs
     n_steps: int
-    n_parked_total: int  # rows set aside because KV memory ran short, later resumed
+    n_parked_total: int  # rows set aside for want of KV memory or for better ones, later resumed
     prompt_tokens_total: int
     generated_tokens_total: int
     step_s_total: float

@@ -7,19 +7,21 @@ import threading
 from collections.abc import Sequence
 
 from sl_serve.config import QueueConfig
-from sl_serve.core import Request
+from sl_serve.core import BACKGROUND_PRIORITY, Request
 from sl_serve.errors import QueueFullError, RequestError
 from sl_serve.sched.residents import seniority
 
 
 class WaitingQueue:
     """Priority first, then arrival. Checked and counted under one lock, so that a burst cannot
-    slip past the limit."""
+    slip past the limit. Background requests are bounded by whoever sends them: they neither meet
+    the limits nor bring others to them."""
 
     def __init__(self, limits: QueueConfig) -> None:
         self._limits = limits
         self._lock = threading.Lock()
         self._heap: list[tuple[tuple[int, int], Request]] = []
+        self._n_requests = 0  # without the background's, as _n_tokens
         self._n_tokens = 0
         self._next_sequence_no = 0
 
@@ -28,25 +30,26 @@ class WaitingQueue:
 
     @property
     def n_tokens(self) -> int:
-        """Prompt and requested output tokens of everything that waits."""
+        """Prompt and requested output tokens of what waits, without the background's."""
         return self._n_tokens
 
     def push(self, requests: Sequence[Request], retry_after_s: int) -> None:
         """Add all or none. Raises QueueFullError, or RequestError for what could never fit."""
-        tokens = sum(_cost_tokens(r) for r in requests)
+        counted = [r for r in requests if _counts(r)]
+        n_requests, tokens = len(counted), sum(map(_cost_tokens, counted))
         limits = self._limits
-        if len(requests) > limits.max_requests or tokens > limits.max_tokens:
+        if n_requests > limits.max_requests or tokens > limits.max_tokens:
             raise RequestError(
-                f"{len(requests)} choices with {tokens} tokens are more than the queue ever holds "
+                f"{n_requests} choices with {tokens} tokens are more than the queue ever holds "
                 f"({limits.max_requests} requests, {limits.max_tokens} tokens); ask for fewer"
             )
         with self._lock:
-            n_after, tokens_after = len(self._heap) + len(requests), self._n_tokens + tokens
-            if n_after > self._limits.max_requests or tokens_after > self._limits.max_tokens:
+            n_after, tokens_after = self._n_requests + n_requests, self._n_tokens + tokens
+            if counted and (n_after > limits.max_requests or tokens_after > limits.max_tokens):
                 raise QueueFullError(
-                    f"the queue holds {len(self._heap)} of {self._limits.max_requests} requests "
-                    f"and {self._n_tokens} of {self._limits.max_tokens} tokens; "
-                    f"{len(requests)} more with {tokens} tokens do not fit",
+                    f"the queue holds {self._n_requests} of {limits.max_requests} requests "
+                    f"and {self._n_tokens} of {limits.max_tokens} tokens; "
+                    f"{n_requests} more with {tokens} tokens do not fit",
                     retry_after_s,
                 )
             for request in requests:
@@ -69,19 +72,28 @@ class WaitingQueue:
         with self._lock:
             self._heap.remove((seniority(request), request))
             heapq.heapify(self._heap)
-            self._n_tokens -= _cost_tokens(request)
+            self._count(request, -1)
 
     def drain(self) -> list[Request]:
         """Empty the queue."""
         with self._lock:
             requests = [r for _, r in self._heap]
             self._heap.clear()
-            self._n_tokens = 0
+            self._n_requests = self._n_tokens = 0
         return requests
 
     def _add(self, request: Request) -> None:
         heapq.heappush(self._heap, (seniority(request), request))
-        self._n_tokens += _cost_tokens(request)
+        self._count(request, 1)
+
+    def _count(self, request: Request, sign: int) -> None:
+        if _counts(request):
+            self._n_requests += sign
+            self._n_tokens += sign * _cost_tokens(request)
+
+
+def _counts(request: Request) -> bool:
+    return request.priority < BACKGROUND_PRIORITY
 
 
 def _cost_tokens(request: Request) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sl_serve.core import Request
+from sl_serve.core import BACKGROUND_PRIORITY, Request
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.pool import ChunkPool, Pool, RunPool, Slab
 
@@ -109,6 +109,13 @@ class Residents:
         for slab in self.slabs.values():
             self._pool(slab.on_device).grow(slab.chunks, slab.missing_chunks(_longest(slab)))
         return parked
+
+    def give_way(self, request: Request) -> Request | None:
+        """Park the youngest background row, if the request is of a better priority."""
+        worst = max(BACKGROUND_PRIORITY, request.priority + 1)
+        worse = (r for r in self._requests() if r.priority >= worst)
+        youngest = max(worse, key=seniority, default=None)
+        return None if youngest is None else self._park(youngest)
 
     def _park_outgrown(self, slab: Slab) -> list[Request]:
         """Rows for which their slab cannot grow, however much memory there is."""

@@ -108,6 +108,7 @@ class FakeEngine:
     script: bytes | None = None  # what every answer is
     vocab_size: int = VOCAB
     n_parameters: int = 1_234_567
+    max_rows: int = 16
     tokenizer: ToyTokenizer = field(default_factory=ToyTokenizer)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
