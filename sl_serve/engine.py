@@ -158,8 +158,12 @@ class Engine:
         self._totals.n_parked += len(parked)
         if not parked:  # what was just freed belongs to the rows that run
             self._admit()
+        memory = self._parts.plan
         plan = pack(
-            self._parts.residents, self._parts.plan.prefill_tokens, self._parts.plan.n_sub_batches
+            self._parts.residents,
+            memory.prefill_tokens,
+            memory.n_sub_batches,
+            memory.max_sub_batch_tokens,
         )
         if plan.sub_batches:
             self._step(plan)

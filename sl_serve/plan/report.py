@@ -122,6 +122,8 @@ def _choice(placement: Placement, hardware: Hardware) -> str:
         if placement.kv_device_share < 1:
             where = "the processor" if placement.attention == "host" else "the device"
             parts.append(f"the others' attended to by {where}")
+    if placement.swaps_hidden:
+        parts.append("hidden states swapped")
     return "; ".join(parts)
 
 
