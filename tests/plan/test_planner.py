@@ -191,7 +191,7 @@ def test_the_faster_place_attends_and_the_other_is_told(host_rate: float, place:
     assert forced.placement.attention == other
     assert found.other_attention == forced.prediction
     assert forced.prediction.tokens_per_s < found.prediction.tokens_per_s
-    flags = serve_flags(found.placement)
+    flags = serve_flags(found.placement, [])
     assert ("--attention host" in flags) == (place == "host")
 
 
