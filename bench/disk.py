@@ -57,22 +57,29 @@ def run(
     ] = "tinyllama-1.1b",
     host_memory: Annotated[str, typer.Option(help="Of the whole process.")] = "700MB",
     peers: Annotated[str, typer.Option(help=f"{PEER}, or nothing.")] = "",
+    weights: Annotated[
+        str, typer.Option(help="Beside the model's own, as for sl-serve; comma-separated.")
+    ] = "",
     json_path: Annotated[Path | None, typer.Option("--json", help="Where to write it all.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each system, in turns.")] = 1,
     cache: Annotated[
-        Path | None, typer.Option(help="Where random weights are kept; gigabytes.")
+        Path | None,
+        typer.Option(help="Where random weights, and layers of --weights, are kept; gigabytes."),
     ] = None,
 ) -> None:
     """Measure sl-serve with its layers on disk, beside the disk's own rate and a peer."""
     from bench.bound import model_matrices, read_model_config
     from bench.disk_report import TABLE_WIDTH, build_report, render
     from sl_serve.plan.budget import parse_size
+    from sl_serve.weights.demo_model import cache_folder
 
     if peers not in ("", PEER):
         raise BenchError(f"no peer is named {peers!r}; there is: {PEER}")
     host_memory_bytes = parse_size(host_memory)
     progress = Console(stderr=True, log_path=False)
+    cache = cache or cache_folder()
     folder = _model(model, cache, progress.log)
+    others = _checked_weights(weights, folder)
     files = weight_files(folder)
     about = {
         **about_now(),
@@ -80,8 +87,9 @@ def run(
         "file_bytes": sum(file.stat().st_size for file in files),
         "host_memory_bytes": host_memory_bytes,
     }
-    job = SubprocessJob(folder, host_memory_bytes)
-    results = run_all(systems(peers), repeat, job, lambda: measure_bandwidth(files), progress.log)
+    job = SubprocessJob(folder, host_memory_bytes, cache)
+    turn = systems(peers, others)
+    results = run_all(turn, repeat, job, lambda: measure_bandwidth(files), progress.log)
     matrices = model_matrices(read_model_config(folder))
     report = about | build_report(results, matrices, host_memory_bytes)
     Console(width=max(TABLE_WIDTH, Console().width)).print(render(report))
@@ -94,15 +102,19 @@ def worker(
     model: Annotated[Path, typer.Option()],
     requests: Annotated[int, typer.Option()],
     host_memory_bytes: Annotated[int, typer.Option()],
+    disk_dir: Annotated[Path, typer.Option()],
     json_path: Annotated[Path, typer.Option("--json")],
 ) -> None:
     """One job in this process; see bench.disk_work."""
-    json_path.write_text(json.dumps(run_job(system, model, requests, host_memory_bytes)))
+    found = run_job(system, model, requests, host_memory_bytes, disk_dir)
+    json_path.write_text(json.dumps(found))
 
 
-def systems(peer: str) -> list[tuple[str, int]]:
-    """(system, number of requests) in the order of one turn."""
-    ours = [(OURS, n) for n in (*FEW_REQUESTS, MANY_REQUESTS)]
+def systems(peer: str, weights: Sequence[str] = ()) -> list[tuple[str, int]]:
+    """(system, number of requests) in the order of one turn; other weights next to the model's
+    own."""
+    names = [OURS, *(f"{OURS}:{name}" for name in weights)]
+    ours = [(name, n) for n in (*FEW_REQUESTS, MANY_REQUESTS) for name in names]
     if not peer:
         return ours
     from bench.peers.accelerate_disk import VARIANTS
@@ -118,7 +130,8 @@ def run_all(
     say: Say,
 ) -> DiskResults:
     """Every system `repeat` times, the disk's rate measured around each run. A peer that fails is
-    noted in `missing`; if sl-serve fails or needs no disk, BenchError."""
+    noted in `missing`; if sl-serve fails, or needs no disk for the model's own weights,
+    BenchError."""
     results = DiskResults()
     say("measuring matrix products")
     results.rates.append(job(RATES, MANY_REQUESTS)["rates"])
@@ -146,12 +159,12 @@ def _measure(results: DiskResults, job: Job, system: str, n_requests: int) -> Me
     try:
         measurement = Measurement(**job(system, n_requests))
     except BenchError as error:
-        if system == OURS:
+        if _is_ours(system):
             raise
         results.missing[system] = f"failed: {error}"
         results.runs = [run for run in results.runs if run.system != system]
         return None
-    if not measurement.extras["disk_bytes"]:
+    if system == OURS and not measurement.extras["disk_bytes"]:
         raise BenchError("the model fits into --host-memory; lower it, or give a larger model")
     return measurement
 
@@ -162,6 +175,7 @@ class SubprocessJob:
 
     model: Path
     host_memory_bytes: int
+    disk_dir: Path
 
     def __call__(self, system: str, n_requests: int) -> dict[str, Any]:
         """Raises BenchError with the last lines of what a failed worker printed."""
@@ -170,9 +184,10 @@ class SubprocessJob:
             answer = Path(folder) / "answer.json"
             command = [sys.executable, "-m", "bench", "disk-worker", "--system", system]
             command += ["--model", str(self.model), "--requests", str(n_requests)]
-            command += ["--host-memory-bytes", str(self.host_memory_bytes), "--json", str(answer)]
+            command += ["--host-memory-bytes", str(self.host_memory_bytes)]
+            command += ["--disk-dir", str(self.disk_dir), "--json", str(answer)]
             # As our command line starts: waiting threads leave the cores to those that read.
-            ours = {"GOMP_SPINCOUNT": OPENMP_SPINS} if system == OURS else {}
+            ours = {"GOMP_SPINCOUNT": OPENMP_SPINS} if _is_ours(system) else {}
             environment = {**ours, **os.environ}
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, env=environment
@@ -184,12 +199,26 @@ class SubprocessJob:
             return result
 
 
-def _model(name: str, cache: Path | None, say: Say) -> Path:
+def _is_ours(system: str) -> bool:
+    return system.partition(":")[0] == OURS
+
+
+def _checked_weights(comma_separated: str, folder: Path) -> list[str]:
+    """Raises UserError for a name that is not known, before minutes are spent."""
+    from sl_serve.weights.checkpoint import open_checkpoint
+    from sl_serve.weights.requantised import with_weights
+
+    names = [name.strip() for name in comma_separated.split(",") if name.strip()]
+    for name in names:
+        with_weights(open_checkpoint(folder), name).close()
+    return names
+
+
+def _model(name: str, cache: Path, say: Say) -> Path:
     from bench.random_model import cached_random_model
-    from sl_serve.weights.demo_model import cache_folder
 
     if Path(name).is_dir():
         if not weight_files(Path(name)):
             raise BenchError(f"{name}: has no .safetensors file")
         return Path(name)
-    return cached_random_model(name, cache or cache_folder(), say)
+    return cached_random_model(name, cache, say)

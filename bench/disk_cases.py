@@ -23,8 +23,15 @@ class DiskStep:
     read_bytes: int  # that the process had the storage deliver, by the kernel's count
 
 
-def disk_case_of(model: Path, n_requests: int, host_memory_bytes: int) -> Case:
-    """With the model and the ceiling that were asked for."""
+def disk_case_of(
+    model: Path,
+    n_requests: int,
+    host_memory_bytes: int,
+    weights: str = "auto",
+    disk_dir: Path | None = None,
+) -> Case:
+    """With the model, the ceiling and the weights that were asked for. `disk_dir`: for weights that
+    the model's own files do not have."""
     from bench.bound import read_model_config
 
     case = disk_case(n_requests)
@@ -32,7 +39,12 @@ def disk_case_of(model: Path, n_requests: int, host_memory_bytes: int) -> Case:
         case,
         model=model.name,
         token_ids=(3, read_model_config(model).vocab_size),
-        engine=replace(case.engine, host_memory_bytes=host_memory_bytes),
+        engine=replace(
+            case.engine,
+            host_memory_bytes=host_memory_bytes,
+            weights=weights,
+            disk_dir=None if disk_dir is None else str(disk_dir),
+        ),
     )
 
 

@@ -47,6 +47,7 @@ def build_report(
     return {
         "runs": runs,
         "without_figures": results.missing,
+        "times_own_weights": _times_own_weights(runs),
         "matmul_flop_per_s": rates,
         "figures": [
             {
@@ -86,11 +87,28 @@ def _run_dict(run: DiskRun, matrices: Sequence[Matrix], rates: Rates) -> dict[st
     }
 
 
+def _times_own_weights(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens/s with other weights over those with the model's own, medians of each."""
+    speeds: dict[tuple[str, int], list[float]] = {}
+    for run in runs:
+        speeds.setdefault((run["system"], run["n_requests"]), []).append(run["tokens_per_s"])
+    return [
+        {
+            "weights": system.partition(":")[2],
+            "n_requests": n,
+            "times": statistics.median(found) / statistics.median(speeds[OURS, n]),
+        }
+        for (system, n), found in speeds.items()
+        if system.startswith(f"{OURS}:")
+    ]
+
+
 def _means(
     steps: Sequence[DiskStep], disk_s: float, matrices: Sequence[Matrix], rates: Rates
-) -> dict[str, float]:
-    """Per step. The head of a prefill step counts as free: how many of its rows end their prompt
-    is not recorded, and they are few beside the tokens."""
+) -> dict[str, float | None]:
+    """Per step; None beside a disk that nothing is read from. The head of a prefill step counts as
+    free: how many of its rows end their prompt is not recorded, and they are few beside the
+    tokens."""
     n = len(steps)
     wall_s = sum(s.wall_s for s in steps)
     compute_s = [
@@ -103,7 +121,7 @@ def _means(
         "read_bytes": sum(s.read_bytes for s in steps) / n,
         "disk_s": disk_s,
         "compute_s": sum(compute_s) / n,
-        "wall_over_disk": wall_s / (n * disk_s),
+        "wall_over_disk": wall_s / (n * disk_s) if disk_s else None,
         "wall_over_bound": wall_s / sum(max(disk_s, c) for c in compute_s),
     }
 
@@ -116,7 +134,7 @@ def _figures(runs: Sequence[dict[str, Any]], host_memory_bytes: int) -> dict[str
     speed = statistics.median(r["tokens_per_s"] for r in many)
     peers: dict[str, list[float]] = {}
     for run in runs:
-        if run["system"] != OURS:
+        if run["system"].partition(":")[0] != OURS:
             peers.setdefault(run["system"].replace(":", " "), []).append(run["tokens_per_s"])
     return {
         **{f"{OURS} / {name}": speed / statistics.median(v) for name, v in peers.items()},
@@ -162,11 +180,15 @@ def render(report: dict[str, Any]) -> RenderableType:
         "disk GB/s",
         "step/disk",
         "step/bound",
+        "x own",
         "peak MB",
     ):
         table.add_column(title, justify="right")
+    times = {(t["weights"], t["n_requests"]): t["times"] for t in report["times_own_weights"]}
     for run in report["runs"]:
         steps = run["steps"]
+        over_disk = steps["decode"]["wall_over_disk"]
+        own = times.get((run["system"].partition(":")[2], run["n_requests"]))
         rates = [max(run[when].values()) / 1e9 for when in ("disk_before", "disk_after")]
         table.add_row(
             run["system"],
@@ -176,8 +198,9 @@ def render(report: dict[str, Any]) -> RenderableType:
             f"{steps['decode']['n_steps']} x {steps['decode']['wall_s']:.2f}",
             f"{steps['decode']['read_bytes'] / 1e9:.2f}",
             f"{rates[0]:.2f}, {rates[1]:.2f}",
-            f"{steps['decode']['wall_over_disk']:.2f}",
+            "" if over_disk is None else f"{over_disk:.2f}",
             f"{steps['all']['wall_over_bound']:.2f}",
+            "" if own is None else f"{own:.2f}",
             f"{run['peak_rss_bytes'] / 1e6:.0f}",
         )
     for name, reason in report["without_figures"].items():
@@ -187,6 +210,11 @@ def render(report: dict[str, Any]) -> RenderableType:
 
 def _lines(report: dict[str, Any]) -> list[str]:
     lines = [
+        f"--weights {t['weights']}, {t['n_requests']} requests: {t['times']:.2f} times the model's "
+        "own"
+        for t in report["times_own_weights"]
+    ]
+    lines += [
         f"{f['figure']}: {f['value']:.2f}, target {f['target']}{'' if f['met'] else ' MISSED'}"
         for f in report["figures"]
     ]

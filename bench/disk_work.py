@@ -20,16 +20,22 @@ _RATE_LAYERS = 4  # of 1.1 billion parameters in float32: more than caches hold
 _RATE_ROWS = 512  # where products reach their full rate; and the rows of a decode step
 
 
-def run_job(system: str, model: Path, n_requests: int, host_memory_bytes: int) -> dict[str, Any]:
-    """`system` is RATES, OURS or "accelerate:VARIANT"; the answer is JSON-ready."""
+def run_job(
+    system: str, model: Path, n_requests: int, host_memory_bytes: int, disk_dir: Path
+) -> dict[str, Any]:
+    """`system` is RATES, OURS, "sl-serve:WEIGHTS" or "accelerate:VARIANT"; the answer is
+    JSON-ready. `disk_dir`: for weights that the model's own files do not have."""
     case = disk_case_of(model, n_requests, host_memory_bytes)
+    name, _, variant = system.partition(":")
     if system == RATES:
         return _measure_rates(case, model)
-    if system == OURS:
+    if name == OURS and variant:
+        case = disk_case_of(model, n_requests, host_memory_bytes, variant, disk_dir)
+    if name == OURS:
         return asdict(measure(case, model))
     from bench.peers import accelerate_disk
 
-    return asdict(accelerate_disk.measure(case, model, system.partition(":")[2]))
+    return asdict(accelerate_disk.measure(case, model, variant))
 
 
 def measure(case: Case, model: Path) -> Measurement:
@@ -57,7 +63,11 @@ def measure(case: Case, model: Path) -> Measurement:
     check_outputs(case, output_ids)
     extras = {
         "steps": [asdict(step) for step in steps],
-        "disk_bytes": plan.n_disk_layers * stored.layer + plan.head_on_disk * stored.head,
+        "disk_bytes": (
+            plan.n_disk_layers * stored.layer + plan.head_on_disk * stored.head
+            if case.engine.weights == "auto"
+            else plan.disk_bytes  # the head is in memory then
+        ),
         "disk_layers": plan.n_disk_layers,
         "plan": {what: n_bytes for what, n_bytes, _ in plan.table()},
         "plan_bytes": plan.total_bytes,

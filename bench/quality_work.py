@@ -77,7 +77,7 @@ class Model:
         if not residents.admit(request, len(ids)):
             raise BenchError(f"a window of {len(ids)} tokens does not fit into the KV cache")
         residents.make_room()
-        (states,) = self.parts.sweep.run(pack(residents, len(ids), 1), residents.slabs)
+        (states,) = self.parts.sweep.run(pack(residents, len(ids), 1, len(ids)), residents.slabs)
         residents.release(request)
         return states
 

@@ -267,6 +267,10 @@ MeasuredDir = Annotated[
 ReportJson = Annotated[bool, _option(PLAN, "--json", "Print everything as JSON.")]
 
 
+def default_dtype(device: DeviceName) -> DTypeName:
+    return "bfloat16" if device == "cuda" else "float32"
+
+
 def engine_config(
     *,
     device: DeviceName,
@@ -290,7 +294,7 @@ def engine_config(
     """Raises UserError for a size that cannot be read."""
     return EngineConfig(
         device=device,
-        dtype=dtype or ("bfloat16" if device == "cuda" else "float32"),
+        dtype=dtype or default_dtype(device),
         kv_dtype=kv_dtype,
         load_format=load_format,
         weights=weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -79,10 +80,23 @@ def plan(
     abilities = engine_abilities(attention)
     chosen = choose(sizes, hardware, budgets, workload, abilities)
     helps = what_helps(sizes, hardware, budgets, workload, chosen, abilities)
+    default_dtype = o.default_dtype("cuda" if has_device else "cpu")
+    told = _flags(
+        device="cuda" if has_device else None,
+        dtype=None if compute == default_dtype else compute,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        attention=None if attention == "host" else attention,  # which the placement says
+        device_memory=device_memory,
+        host_memory=host_memory,
+        disk_dir=disk_dir,
+        load_format="dummy" if _is_shape(model) else load_format,
+        threads=threads,
+    )
     if as_json:
-        print(json.dumps(plan_dict(sizes, hardware, budgets, workload, chosen, helps)))
+        print(json.dumps(plan_dict(sizes, hardware, budgets, workload, chosen, helps, told)))
     else:
-        Console().print(plan_view(sizes, hardware, budgets, workload, chosen, helps))
+        Console().print(plan_view(sizes, hardware, budgets, workload, chosen, helps, told))
 
 
 def doctor(disk_dir: o.MeasuredDir = None, as_json: o.ReportJson = False) -> None:
@@ -105,14 +119,27 @@ def _opened(model: str, load_format: Any, weights: str) -> Iterator[Checkpoint]:
     """Headers only. The name of a built-in shape needs no --load-format."""
     from sl_serve.llm import open_model
     from sl_serve.weights.requantised import with_weights
-    from sl_serve.weights.shapes import SHAPES
 
-    is_shape = model in SHAPES and not os.path.exists(model)
-    checkpoint = open_model(model, "dummy" if is_shape else load_format)
+    checkpoint = open_model(model, "dummy" if _is_shape(model) else load_format)
     try:
         yield with_weights(checkpoint, weights)
     finally:
         checkpoint.close()
+
+
+def _is_shape(model: str) -> bool:
+    from sl_serve.weights.shapes import SHAPES
+
+    return model in SHAPES and not os.path.exists(model)
+
+
+def _flags(**options: str | int | None) -> list[str]:
+    """For a shell; what has its default value is left out."""
+    return [
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name, value in options.items()
+        if value not in (None, "auto")
+    ]
 
 
 def _profile(name: str) -> Hardware:

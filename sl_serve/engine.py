@@ -161,10 +161,12 @@ class Engine:
         self._queue.push_back(parked)
         self._admit(parked)
         self._totals.n_parked += len(parked)
+        memory = self._parts.plan
         plan = pack(
             self._parts.residents,
-            self._parts.plan.prefill_tokens,
-            self._parts.plan.n_sub_batches,
+            memory.prefill_tokens,
+            memory.n_sub_batches,
+            memory.max_sub_batch_tokens,
             self._limit.tokens,
         )
         if plan.sub_batches:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from sl_serve.config import DTypeName, EngineConfig
+from sl_serve.config import DTypeName, EngineConfig, ModelConfig
 from sl_serve.device import Device, device_budget_bytes, open_device
 from sl_serve.errors import MemoryBudgetError
+from sl_serve.hidden import HiddenStates, ResidentHidden, SwappedHidden
 from sl_serve.kv.access import InPlaceKV, KVAccess
 from sl_serve.kv.attention import Attention, DeviceAttention
 from sl_serve.kv.host import HostKV
@@ -122,6 +123,7 @@ def load(
         embedding=model.embedding(plan, host_static),
         weights=weights,
         attention=_attention(model, plan, device, ops, n_threads),
+        hidden=_hidden(plan, device, ops, checkpoint.config),
     )
     release_workers()  # from here on the engine's thread computes
     return Parts(
@@ -191,7 +193,8 @@ class _Model:
             plan = model.plan()
         except MemoryBudgetError:
             return None
-        return (model, plan) if plan.n_device_layers == plan.kv.n_layers else None
+        stay = plan.n_device_layers == plan.kv.n_layers and not plan.swaps_hidden
+        return (model, plan) if stay else None
 
     @property
     def n_parameters(self) -> int:
@@ -322,6 +325,13 @@ def _widens(config: EngineConfig) -> bool:
     return config.device == "cpu" and config.dtype == "float32"
 
 
+def _hidden(plan: MemoryPlan, device: Device, ops: Ops, settings: ModelConfig) -> HiddenStates:
+    if not plan.swaps_hidden:
+        return ResidentHidden()
+    sizes = settings.hidden_size, settings.n_layers, plan.max_sub_batch_tokens, plan.max_step_tokens
+    return SwappedHidden(device, ops.dtype, *sizes, plan.look_ahead)
+
+
 def _attention(
     model: _Model, plan: MemoryPlan, device: Device, ops: Ops, n_threads: int
 ) -> Attention:
@@ -336,7 +346,7 @@ def _kv_access(plan: MemoryPlan, device: Device, ops: Ops, dtype: torch.dtype) -
     if device.in_place:
         return InPlaceKV(host)
     windows = WindowedKV(
-        device, ops, host, dtype, plan.look_ahead, plan.max_step_tokens, plan.window_chunks
+        device, ops, host, dtype, plan.look_ahead, plan.max_sub_batch_tokens, plan.window_chunks
     )
     if not plan.n_device_chunks:
         return windows

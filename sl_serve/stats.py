@@ -33,6 +33,8 @@ class StepStats:
     kv_down_bytes: int
     kv_up_bytes: int
     stall_s: float = 0.0  # compute waiting for copies
+    hidden_down_bytes: int = 0  # of hidden states that are swapped
+    hidden_up_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class BytesMoved:
     weights: int
     kv_down: int
     kv_up: int
+    hidden_down: int
+    hidden_up: int
 
 
 def step_stats(
@@ -83,6 +87,8 @@ def step_stats(
         kv_down_bytes=after.kv_down - before.kv_down,
         kv_up_bytes=after.kv_up - before.kv_up,
         stall_s=stall_s,
+        hidden_down_bytes=after.hidden_down - before.hidden_down,
+        hidden_up_bytes=after.hidden_up - before.hidden_up,
     )
 
 

@@ -8,7 +8,7 @@ twin.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from sl_serve.config import ModelConfig
 from sl_serve.core import StepPlan, SubBatchPlan
 from sl_serve.device import Device, Stream
 from sl_serve.halves import halves
+from sl_serve.hidden import HiddenStates
 from sl_serve.kv.attention import Attention
 from sl_serve.kv.pool import Slab
 from sl_serve.models import Block, Family, RopeTable, finish
@@ -49,6 +50,7 @@ class Sweep:
     embedding: Embedding
     weights: WeightSource
     attention: Attention
+    hidden: HiddenStates
 
     def __post_init__(self) -> None:
         rope = self.config.rope
@@ -56,13 +58,14 @@ class Sweep:
             self.device.upload(inverse_frequencies(rope, self.config.head_dim)) if rope else None
         )
 
-    def run(self, plan: StepPlan, slabs: Mapping[int, Slab]) -> list[torch.Tensor]:
-        """Hidden states after the last layer, (T, hidden) per sub-batch. K and V of every new
-        token are in their slabs, or will be before the next step reads them."""
+    def run(self, plan: StepPlan, slabs: Mapping[int, Slab]) -> Iterable[torch.Tensor]:
+        """Hidden states after the last layer, (T, hidden) per sub-batch: all are to be taken, and
+        each to be used up before the next. K and V of every new token are in their slabs, or will
+        be before the next step reads them."""
         sub_batches = plan.sub_batches
         n = len(sub_batches)
         is_beside = self.attention.begin(sub_batches, slabs)
-        hidden = [self._embed(s) for s in sub_batches]
+        self.hidden.begin(sub_batches, self._embed)
         ropes = [self._rope(s) for s in sub_batches]
         cells: dict[int, _Cell] = {}  # by sub-batch
         for half in halves(self.config.n_layers, is_beside):
@@ -71,12 +74,14 @@ class Sweep:
                 if part == 0:
                     layer = self.weights.acquire()
                 self.weights.advance(part, n)
-                cells[part] = self._start(cell, layer, hidden[part], ropes[part], is_beside[part])
+                x = self.hidden.open(cell)
+                cells[part] = self._start(cell, layer, x, ropes[part], is_beside[part])
             else:
                 self._finish(cell, cells.pop(part))
+                self.hidden.close(cell)
             if half.ends_layer:
                 self.weights.release()
-        return hidden
+        return self.hidden.results()
 
     def restart(self) -> None:
         """After `run` failed: nothing of that step is under way when this returns, and the next
@@ -96,8 +101,13 @@ class Sweep:
 
     @property
     def bytes_moved(self) -> BytesMoved:
-        attention = self.attention
-        return BytesMoved(self.weights.n_bytes_moved, attention.n_bytes_down, attention.n_bytes_up)
+        return BytesMoved(
+            weights=self.weights.n_bytes_moved,
+            kv_down=self.attention.n_bytes_down,
+            kv_up=self.attention.n_bytes_up,
+            hidden_down=self.hidden.n_bytes_down,
+            hidden_up=self.hidden.n_bytes_up,
+        )
 
     def _start(
         self,

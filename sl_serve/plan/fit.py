@@ -37,7 +37,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Fit weights, KV and what a step passes through into the memory of host and device.
 
-    `device_available_bytes` None: what the device needs counts as host memory. Raises
+    `device_available_bytes` None: what the device needs counts as host memory. Hidden states are
+    swapped only where they and windows for all KV do not fit on the device together. Raises
     MemoryBudgetError with the sum and what would help.
     """
     # The processor attends where KV lies: in the order that it reads fastest.
@@ -46,8 +47,28 @@ def plan_memory(
     if device_available_bytes is not None:
         usable_bytes = int(device_available_bytes * (1 - MARGIN_SHARE))
         device = DeviceRoom(model, config, sizes, pools, usable_bytes)
-    fit = _Fit(model, config, sizes, pools, available_bytes, device)
-    step = fit.step()
+    fit = _Fit(model, config, sizes, pools, available_bytes, device, device_available_bytes)
+    plan = None
+    try:
+        plan, kv_is_cut = _planned(fit, swaps_hidden=False)
+    except MemoryBudgetError:
+        if not fit.may_swap_hidden:
+            raise
+    if plan is not None and not (kv_is_cut and fit.may_swap_hidden):
+        return plan
+    try:
+        swapping, _ = _planned(fit, swaps_hidden=True)
+    except MemoryBudgetError:
+        if plan is None:
+            raise
+        return plan
+    return swapping if plan is None or swapping.kv_bytes > plan.kv_bytes else plan
+
+
+def _planned(fit: _Fit, swaps_hidden: bool) -> tuple[MemoryPlan, bool]:
+    """And whether the device has too little room for windows to all the KV that the host has."""
+    model, config, sizes, pools, device = fit.model, fit.config, fit.sizes, fit.pools, fit.device
+    step = fit.step(swaps_hidden)
     n_device_layers = fit.device_layers(step)
     if n_device_layers == model.n_layers:  # none passes through
         step = step._replace(slots_bytes=0)
@@ -56,7 +77,7 @@ def plan_memory(
     spec = pools.spec(tiers.kv_bytes)
     n_chunks = tiers.kv_bytes // spec.chunk_bytes
     n_host_layers = model.n_layers - n_device_layers - tiers.n_disk_layers
-    return MemoryPlan(
+    plan = MemoryPlan(
         weights_bytes=n_host_layers * sizes.layer_bytes,
         n_device_layers=n_device_layers,
         device_layers_bytes=n_device_layers * sizes.layer_bytes,
@@ -74,13 +95,15 @@ def plan_memory(
         n_device_chunks=device.kv_chunks(step, n_device_layers, tiers.kv_bytes) if device else 0,
         window_chunks=window_chunks(config, pools, tiers.kv_bytes) if step.n_windows else n_chunks,
         workspace_bytes=step.workspace_bytes,
+        hidden_bytes=step.hidden_device_bytes + step.hidden_host_bytes,
+        hidden_host_bytes=step.hidden_host_bytes,
         device_slots_bytes=step.slots_bytes,
         expansion_bytes=step.expansion_bytes,
         windows_bytes=windows_bytes(config, pools, step, tiers.kv_bytes),
         staging_bytes=step.staging_device_bytes + step.kv_expansion_bytes + step.staging_host_bytes,
         staging_host_bytes=step.staging_host_bytes,
-        available_bytes=available_bytes,
-        device_available_bytes=device_available_bytes,
+        available_bytes=fit.available_bytes,
+        device_available_bytes=fit.device_available_bytes,
         max_model_len=min(
             config.max_model_len or model.max_positions, pools.tokens_in(tiers.kv_bytes)
         ),
@@ -92,6 +115,7 @@ def plan_memory(
         prefill_tokens=step.prefill_tokens,
         look_ahead=scheduler.look_ahead,
     )
+    return plan, tiers.kv_is_cut
 
 
 class _Tiers(NamedTuple):
@@ -101,6 +125,7 @@ class _Tiers(NamedTuple):
     ring_bytes: int = 0
     embedding_on_disk: bool = False
     head_on_disk: bool = False
+    kv_is_cut: bool = False  # to what windows on the device can pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +138,7 @@ class _Fit:
     pools: KVPools
     available_bytes: int
     device: DeviceRoom | None  # where it has memory of its own
+    device_available_bytes: int | None
 
     @property
     def in_place(self) -> bool:
@@ -131,7 +157,13 @@ class _Fit:
         embedding = self.sizes.embedding_bytes or self.sizes.head_bytes
         return replace(self.sizes, embedding_bytes=embedding, head_bytes=0, others_bytes=0)
 
-    def step(self) -> StepMemory:
+    @property
+    def may_swap_hidden(self) -> bool:
+        """Not where the processor attends: the queries, keys, values and results of a whole step
+        lie on the device there, several times the hidden states."""
+        return self.device is not None and not self.config.host_attends
+
+    def step(self, swaps_hidden: bool) -> StepMemory:
         room = self.device.usable_bytes if self.device else self.available_bytes
 
         def fits(step: StepMemory) -> bool:
@@ -145,12 +177,12 @@ class _Fit:
                 return False
             return tiers.kv_bytes >= useful_kv_bytes(self.config, self.pools, self.available_bytes)
 
-        model, config = self.model, self.config
-        return step_memory(model, config, self.sizes, self.pools, room, fits, holds_rows)
+        parts = self.model, self.config, self.sizes, self.pools
+        return step_memory(*parts, room, fits, holds_rows, swaps_hidden)
 
     def host_budget(self, step: StepMemory, n_device_layers: int) -> Budget:
         """With every layer that is not on the device in host memory."""
-        others = step.staging_host_bytes
+        others = step.on_host_bytes
         windows = Fraction(0)
         if self.in_place:
             others += step.workspace_bytes
@@ -187,7 +219,7 @@ class _Fit:
         if self.device is None or not step.n_windows:
             return tiers
         most = self.device.most_kv_bytes(step, n_device_layers)
-        return tiers._replace(kv_bytes=min(tiers.kv_bytes, most))
+        return tiers._replace(kv_bytes=min(tiers.kv_bytes, most), kv_is_cut=most < tiers.kv_bytes)
 
     def _on_host(self, step: StepMemory, everything: Budget, n_layers: int) -> _Tiers:
         config, sizes = self.config, self.host_sizes

@@ -26,6 +26,12 @@ class WeightSizes:
         return self.embedding_bytes + self.head_bytes + self.others_bytes
 
 
+def sub_batch_tokens(max_rows: int, n_sub_batches: int, prefill_tokens: int) -> int:
+    """The most of one: its share of the rows, and perhaps the step's whole prefill. A slab, which
+    is never divided, has no more."""
+    return -(-max_rows // n_sub_batches) + prefill_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Sizes in bytes of everything that is allocated before the first step, and the limits that
@@ -48,6 +54,8 @@ class MemoryPlan:
     n_device_chunks: int  # beside them, of rows whose KV stays on the device
     window_chunks: int  # of the host's, what a sub-batch may touch
     workspace_bytes: int
+    hidden_bytes: int  # hidden states that are swapped: in host memory, and buffers on the device
+    hidden_host_bytes: int  # of hidden_bytes
     device_slots_bytes: int
     expansion_bytes: int  # on a device: for one layer expanded, and what that takes on its way
     windows_bytes: int  # for KV prefixes on the device
@@ -78,7 +86,8 @@ class MemoryPlan:
         weights = self.device_layers_bytes + self.device_slots_bytes + self.static_device_bytes
         staging = self.staging_bytes - self.staging_host_bytes
         kv = self.windows_bytes + self.device_kv_bytes
-        return weights + self.expansion_bytes + kv + staging + self.workspace_bytes
+        hidden = self.hidden_bytes - self.hidden_host_bytes
+        return weights + self.expansion_bytes + kv + staging + hidden + self.workspace_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -86,6 +95,7 @@ class MemoryPlan:
         passing = self.device_slots_bytes + self.expansion_bytes
         passing += self.windows_bytes + self.staging_bytes
         kv = self.kv_bytes + self.device_kv_bytes
+        passing += self.hidden_bytes
         return weights + self.static_bytes + kv + self.workspace_bytes + passing
 
     @property
@@ -95,6 +105,15 @@ class MemoryPlan:
     @property
     def max_step_tokens(self) -> int:
         return self.max_rows + self.prefill_tokens
+
+    @property
+    def max_sub_batch_tokens(self) -> int:
+        return sub_batch_tokens(self.max_rows, self.n_sub_batches, self.prefill_tokens)
+
+    @property
+    def swaps_hidden(self) -> bool:
+        """Whether hidden states pass through the device instead of staying there."""
+        return self.hidden_bytes > 0
 
     def table(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for people, parts of no size left out."""
@@ -110,6 +129,7 @@ class MemoryPlan:
             (self._static_name(), self.static_bytes, "resident"),
             ("KV cache", self.kv_bytes, kv_remark),
             ("workspace", self.workspace_bytes, f"up to {self.max_step_tokens} tokens a step"),
+            ("hidden states", self.hidden_bytes, self._hidden_remark()),
             ("device layers", self.device_layers_bytes, f"{self.n_device_layers} layers, resident"),
             (
                 "device KV",
@@ -126,6 +146,10 @@ class MemoryPlan:
     def _disk_remark(self) -> str:
         layers = f"{self.n_disk_layers} layers ({gib(self.disk_bytes)}) read from disk every step"
         return layers + (", the head too" if self.head_on_disk else "")
+
+    def _hidden_remark(self) -> str:
+        on_device = gib(self.hidden_bytes - self.hidden_host_bytes)
+        return f"swapped: between layers in host memory, {on_device} on the device"
 
     def _staging_remark(self) -> str:
         if self.host_attends:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from sl_serve.hidden import n_hidden_buffers
 from sl_serve.kv.layout import HOST_STAGING_BUFFERS, n_windows
 from sl_serve.plan.memory import MemoryPlan
 from sl_serve.plan.model_sizes import ModelSizes
@@ -55,10 +56,32 @@ class Placement:
     kv_device_share: float = 0.0
     attention: Literal["device", "host"] = "device"
     head_on_disk: bool = False
+    swaps_hidden: bool = False  # hidden states pass through the device instead of staying there
 
     @property
     def total_rows(self) -> int:
         return self.rows * self.n_sub_batches
+
+    @property
+    def step_tokens(self) -> int:
+        """The most."""
+        return self.total_rows + self.prefill_tokens
+
+    @property
+    def sub_batch_tokens(self) -> int:
+        """The most: a step's whole prefill may fall into one sub-batch."""
+        return self.rows + self.prefill_tokens
+
+    @property
+    def hidden_buffer_tokens(self) -> int:
+        """Whose hidden states are on the device at a time where they are swapped."""
+        return n_hidden_buffers(self.look_ahead) * self.sub_batch_tokens
+
+    @property
+    def may_swap_hidden(self) -> bool:
+        """As the engine has it: not where the processor attends, nor where that saves nothing."""
+        saves = self.hidden_buffer_tokens < self.step_tokens
+        return saves and self.attention == "device"
 
     @property
     def n_streamed_layers(self) -> int:
@@ -82,6 +105,7 @@ def placement_of(plan: MemoryPlan, workload: Workload) -> Placement:
         kv_device_share=min(1.0, device_rows / rows),
         attention="host" if plan.host_attends else "device",
         head_on_disk=plan.head_on_disk,
+        swaps_hidden=plan.swaps_hidden,
     )
 
 
@@ -135,6 +159,7 @@ def _on_device(model: ModelSizes, placement: Placement, workload: Workload) -> l
     device_staging, host_staging = _staging_bytes(model, placement) if n_host_rows else (0, 0)
     slots = n_layer_slots(placement.look_ahead, host_attends)
     n_in_use = n_layers_in_use(placement.look_ahead, host_attends)
+    line_bytes = model.hidden_size * model.itemsize * placement.swaps_hidden
     parts = [
         Part("device", "embedding and head", model.static_bytes),
         Part("device", "layers", placement.n_device_layers * model.layer_bytes),
@@ -145,8 +170,10 @@ def _on_device(model: ModelSizes, placement: Placement, workload: Workload) -> l
         Part("device", "KV cache", n_device_rows * device_row_bytes),
         Part("device", "KV staging", device_staging),
         Part("device", "activations", _activation_bytes(model, placement)),
+        Part("device", "hidden states", placement.hidden_buffer_tokens * line_bytes),
         Part("host", "KV cache", n_host_rows * row_bytes),
         Part("host", "KV staging", host_staging),
+        Part("host", "hidden states", placement.step_tokens * line_bytes),
     ]
     if not host_attends:
         # One layer of the rows of a sub-batch whose KV comes from the host.
@@ -162,19 +189,19 @@ def _staging_bytes(model: ModelSizes, placement: Placement) -> tuple[int, int]:
     """On the device and on the host: for every token of a step where the processor attends, else
     for those of the largest sub-batch."""
     if placement.attention == "host":
-        tokens = placement.total_rows + placement.prefill_tokens
+        tokens = placement.step_tokens
         per_token = host_attention_token_bytes(model.q_size, model.kv_size, model.itemsize)
         return tokens * per_token[0], tokens * per_token[1]
-    tokens = placement.rows + placement.prefill_tokens
+    tokens = placement.sub_batch_tokens
     n_bytes = tokens * model.kv_token_layer_bytes
     return n_windows(placement.look_ahead) * n_bytes, HOST_STAGING_BUFFERS * n_bytes
 
 
 def _activation_bytes(model: ModelSizes, placement: Placement) -> int:
-    """Hidden states of every row and prompt token of a step, what one layer needs for the largest
-    sub-batch, and one block of logits. A step's whole prefill may fall into one sub-batch."""
-    waiting_rows = placement.total_rows - placement.rows
-    hidden = waiting_rows * model.hidden_size * model.itemsize
-    layer = model.activations.at(placement.rows + placement.prefill_tokens)
+    """Hidden states of every row and prompt token of a step, unless they are swapped, what one
+    layer needs for the largest sub-batch, and one block of logits."""
+    waiting = 0 if placement.swaps_hidden else placement.step_tokens - placement.sub_batch_tokens
+    hidden = waiting * model.hidden_size * model.itemsize
+    layer = model.activations.at(placement.sub_batch_tokens)
     logits = logits_lines(placement.total_rows) * model.vocab_size * model.itemsize
     return hidden + layer + logits

@@ -136,13 +136,17 @@ def _placed(
     model: ModelSizes, cut: Placement, hardware: Hardware, budgets: Budgets, workload: Workload
 ) -> tuple[ModelSizes, Placement] | None:
     """The cut filled, layers as stored; or, where the device has room for all of them expanded,
-    so for good. That is the engine's rule too."""
+    so for good. Hidden states are swapped where it does not fit otherwise. These are the engine's
+    rules too."""
     if model.expanded_layer_bytes:
         expanded = model.expanded()
         placement = fill(expanded, cut, hardware, budgets, workload)
         if placement is not None and not placement.n_streamed_layers:
             return expanded, placement
     placement = fill(model, cut, hardware, budgets, workload)
+    if placement is None and hardware.has_device and cut.may_swap_hidden:
+        swapped = replace(cut, swaps_hidden=True)
+        placement = fill(model, swapped, hardware, budgets, workload)
     return None if placement is None else (model, placement)
 
 

@@ -3,6 +3,7 @@
     disk         (n_disk_layers * layer + the head, if it is there) / disk rate
     link down    (streamed layers + KV prefixes of the host's rows) / rate down
     link up      new K and V of the host's rows / rate up
+                 hidden states that are swapped: each way once per layer
     compute      matrix products by rows, or reading the weights; attention; what is done element
                  by element; a fixed cost per cell; on a device, layers in blocks read once and
                  written expanded
@@ -147,6 +148,9 @@ def _with_device(model: ModelSizes, placement: Placement, hardware: Hardware, st
         down = steps.n_tokens * query_bytes * host_share
         up = up + down
         attention_s = host_share * _host_attention_seconds(model, hardware, steps)
+    if placement.swaps_hidden:
+        hidden = steps.n_tokens * model.n_layers * model.hidden_size * model.itemsize
+        down, up = down + hidden, up + hidden
     down = down + placement.n_streamed_layers * model.layer_bytes
     link_down, link_up = _link_seconds(hardware, down, up)
     from_disk = _disk_bytes(model, placement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -27,8 +28,10 @@ def plan_dict(
     workload: Workload,
     plan: Plan,
     helps: Sequence[Help],
+    given: Sequence[str],
 ) -> dict[str, Any]:
-    """JSON-ready; bytes, seconds, tokens."""
+    """JSON-ready; bytes, seconds, tokens. `given`: flags that were, for the engine to be told
+    too."""
     return {
         "model": asdict(model),
         "hardware": asdict(hardware),
@@ -39,7 +42,7 @@ def plan_dict(
         "memory_bytes": tier_bytes(plan.parts),
         "prediction": asdict(plan.prediction),
         "would_help": [h._asdict() for h in helps],
-        "serve_flags": serve_flags(plan.placement),
+        "serve_flags": serve_flags(plan.placement, given),
     }
 
 
@@ -50,6 +53,7 @@ def plan_view(
     workload: Workload,
     plan: Plan,
     helps: Sequence[Help],
+    given: Sequence[str],
 ) -> RenderableType:
     lines = [
         _choice(plan.placement, hardware),
@@ -58,19 +62,20 @@ def plan_view(
         _step("a step of decoding", plan.prediction.decode),
         _step("a step of prefill", plan.prediction.prefill),
         "would help: " + (", ".join(map(_help, helps)) or "nothing that was tried"),
-        f"sl-serve serve {model.name} {' '.join(serve_flags(plan.placement))}",
+        " ".join(["sl-serve serve", shlex.quote(model.name), *serve_flags(plan.placement, given)]),
     ]
     title = f"{model.name} on {hardware.name}: what goes where"
     return Group(_memory_table(title, budgets, plan), *(Text(line) for line in lines))
 
 
-def serve_flags(placement: Placement) -> list[str]:
-    """For the engine to cut its steps so."""
+def serve_flags(placement: Placement, given: Sequence[str]) -> list[str]:
+    """For the engine to cut its steps so, on the same terms."""
     return [
         f"--max-rows {placement.total_rows}",
         f"--sub-batches {placement.n_sub_batches}",
         f"--prefill-tokens {placement.prefill_tokens}",
         *(["--attention host"] if placement.attention == "host" else []),
+        *given,
     ]
 
 
@@ -122,6 +127,8 @@ def _choice(placement: Placement, hardware: Hardware) -> str:
         if placement.kv_device_share < 1:
             where = "the processor" if placement.attention == "host" else "the device"
             parts.append(f"the others' attended to by {where}")
+    if placement.swaps_hidden:
+        parts.append("hidden states swapped")
     return "; ".join(parts)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sl_serve.config import LOGITS_BLOCK_LINES, EngineConfig, ModelConfig
+from sl_serve.hidden import n_hidden_buffers
 from sl_serve.kv.layout import EXPANSION_BYTES, HOST_STAGING_BUFFERS, n_windows
 from sl_serve.ops.torch_ops import EXPANDED_ELEMENTS
-from sl_serve.plan.memory import WeightSizes
+from sl_serve.plan.memory import WeightSizes, sub_batch_tokens
 from sl_serve.plan.pools import KVPools
 from sl_serve.weights.formats import WIDENING_BYTES
 
@@ -19,6 +20,8 @@ MIN_LOGITS_LINES = 16  # prompt log probabilities pass through the same buffer
 # chunk is made smaller.
 WORKSPACE_SHARE = 0.125
 HOST_ITEMSIZE = 4  # bytes of a number as the processor computes with it: float32
+ROPE_ITEMSIZE = 4  # of rotary tables, on any device
+LOGITS_ITEMSIZE = 4  # of what tokens are drawn from
 
 
 class StepMemory(NamedTuple):
@@ -26,6 +29,8 @@ class StepMemory(NamedTuple):
 
     prefill_tokens: int
     workspace_bytes: int
+    hidden_device_bytes: int  # of hidden states that are swapped
+    hidden_host_bytes: int
     slots_bytes: int
     expansion_bytes: int  # layers in use, expanded
     kv_expansion_bytes: int  # what KV passes through when it is expanded
@@ -37,7 +42,12 @@ class StepMemory(NamedTuple):
     def on_device_bytes(self) -> int:
         passing = self.slots_bytes + self.expansion_bytes
         passing += self.staging_device_bytes + self.kv_expansion_bytes
-        return self.workspace_bytes + passing
+        return self.workspace_bytes + self.hidden_device_bytes + passing
+
+    @property
+    def on_host_bytes(self) -> int:
+        """Beside a device with memory of its own."""
+        return self.staging_host_bytes + self.hidden_host_bytes
 
 
 def step_memory(
@@ -48,18 +58,24 @@ def step_memory(
     room_bytes: int,
     fits: Callable[[StepMemory], bool],
     holds_rows: Callable[[StepMemory], bool],
+    swaps_hidden: bool,
 ) -> StepMemory:
     """With the prefill chunk asked for, or the largest that takes no more than its share of
     room_bytes and leaves room for everything else. Where no chunk does, layers go to disk: then
     the largest beside which every row still fits, since rows that wait cost passes over the disk.
+    `swaps_hidden`: hidden states, where that saves memory of the device.
     """
+
+    def with_prefill(tokens: int) -> StepMemory:
+        return _with_prefill(model, config, sizes, pools, tokens, swaps_hidden)
+
     asked = config.scheduler.prefill_chunk_tokens
     if asked:
-        return _with_prefill(model, config, sizes, pools, asked)
+        return with_prefill(asked)
     shares = []
     tokens = DEFAULT_PREFILL_TOKENS
     while tokens >= MIN_PREFILL_TOKENS:
-        step = _with_prefill(model, config, sizes, pools, tokens)
+        step = with_prefill(tokens)
         if step.workspace_bytes <= WORKSPACE_SHARE * room_bytes:
             if fits(step):
                 return step
@@ -67,26 +83,43 @@ def step_memory(
         tokens //= 2
     if shares and sizes.disk_tier:
         return next(filter(holds_rows, shares), shares[0])
-    return _with_prefill(model, config, sizes, pools, MIN_PREFILL_TOKENS)
+    return with_prefill(MIN_PREFILL_TOKENS)
 
 
 def _with_prefill(
-    model: ModelConfig, config: EngineConfig, sizes: WeightSizes, pools: KVPools, prefill: int
+    model: ModelConfig,
+    config: EngineConfig,
+    sizes: WeightSizes,
+    pools: KVPools,
+    prefill: int,
+    swaps_hidden: bool,
 ) -> StepMemory:
     scheduler, in_place = config.scheduler, config.device == "cpu"
     tokens, itemsize = scheduler.max_rows + prefill, pools.device_format.block_bytes
+    of_sub_batch = sub_batch_tokens(scheduler.max_rows, scheduler.n_sub_batches, prefill)
     windows = 0 if in_place or config.host_attends else n_windows(scheduler.look_ahead)
-    staging = tokens * pools.token_layer_bytes
+    staging = of_sub_batch * pools.token_layer_bytes
     staging_device, staging_host = windows * staging, HOST_STAGING_BUFFERS * staging
     if config.host_attends:
         staging_device, staging_host = (
             tokens * n for n in host_attention_token_bytes(model.q_size, model.kv_size, itemsize)
         )
+    line_bytes = model.hidden_size * itemsize
+    buffers = n_hidden_buffers(scheduler.look_ahead) * of_sub_batch * line_bytes
+    swaps_hidden = swaps_hidden and buffers < tokens * line_bytes
+    states = 0 if swaps_hidden else tokens * line_bytes
+    rope = tokens * model.head_dim * ROPE_ITEMSIZE * (model.rope is not None)
+    intermediates = of_sub_batch * _intermediates_per_token(model, in_place) * itemsize
     n_slots = n_layer_slots(scheduler.look_ahead, config.host_attends)
     n_in_use = n_layers_in_use(scheduler.look_ahead, config.host_attends)
     return StepMemory(
         prefill_tokens=prefill,
-        workspace_bytes=_workspace_bytes(model, tokens, scheduler.max_rows, itemsize),
+        workspace_bytes=states
+        + rope
+        + intermediates
+        + _logits_bytes(model, scheduler.max_rows, itemsize),
+        hidden_device_bytes=buffers if swaps_hidden else 0,
+        hidden_host_bytes=tokens * line_bytes if swaps_hidden else 0,
         slots_bytes=0 if in_place else n_slots * sizes.layer_bytes,
         expansion_bytes=expansion_bytes(sizes.expanded_layer_bytes, n_in_use),
         kv_expansion_bytes=EXPANSION_BYTES if windows and pools.is_expanded else 0,
@@ -133,9 +166,15 @@ def logits_lines(max_rows: int) -> int:
     return max(MIN_LOGITS_LINES, min(LOGITS_BLOCK_LINES, max_rows))
 
 
-def _workspace_bytes(model: ModelConfig, n_tokens: int, max_rows: int, itemsize: int) -> int:
-    """Activations of a step: hidden states, the widest intermediates twice, one logits block."""
-    qkv = model.q_size + 2 * model.kv_size
-    per_token = 3 * model.hidden_size + max(qkv + model.q_size, 3 * model.intermediate_size)
-    logits = logits_lines(max_rows) * model.vocab_size * itemsize
-    return n_tokens * per_token * itemsize + logits
+def _intermediates_per_token(model: ModelConfig, in_place: bool) -> int:
+    """Numbers that a layer makes of a token beside its hidden state: what products and attention
+    gave lies in buffers that are kept, one each (ops/scratch.py); the norm's and the activation's
+    come and go on a device, twice the activation's width at once."""
+    products = model.q_size + 2 * model.kv_size + model.q_size
+    return model.hidden_size + products + (3 if in_place else 4) * model.intermediate_size
+
+
+def _logits_bytes(model: ModelConfig, max_rows: int, itemsize: int) -> int:
+    """One block; tokens are drawn from float32, a copy where that is not what is computed with."""
+    copied = 0 if itemsize == LOGITS_ITEMSIZE else LOGITS_ITEMSIZE
+    return logits_lines(max_rows) * model.vocab_size * (itemsize + copied)

@@ -4,8 +4,8 @@ Every row that decodes takes part with one token; rows that still have a prompt 
 step's prefill budget, oldest first, in chunks. Sub-batches are made of whole slabs, so that a
 slab's KV prefix crosses the link once per step, and are balanced by tokens: the heaviest slab
 goes to the lightest sub-batch (LPT; after MoE-Lightning's request balancing, arXiv 2411.11217)
-whose device window has room for it. Slabs on the device, whose KV does not cross the link, have
-sub-batches of their own.
+whose device window has room for it, and which stays under the tokens that a sub-batch may have.
+Slabs on the device, whose KV does not cross the link, have sub-batches of their own.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ def pack(
     residents: Residents,
     prefill_budget_tokens: int,
     n_sub_batches: int,
+    max_sub_batch_tokens: int,
     max_tokens: int = sys.maxsize,
 ) -> StepPlan:
-    """Plan one step over the residents; empty when there are none. Rows for which `max_tokens`,
-    at least one, leaves nothing wait for a later step."""
+    """Plan one step over the residents; empty when there are none. A sub-batch may have no fewer
+    tokens than any slab. Rows for which `max_tokens` of the step, at least one, leaves nothing wait
+    for a later one."""
     works = _choose_rows(residents, prefill_budget_tokens, max_tokens)
     by_slab: dict[int, list[RowWork]] = defaultdict(list)
     for work in works:
@@ -35,8 +37,8 @@ def pack(
     on_host = {i: w for i, w in by_slab.items() if not slabs[i].on_device}
     n_device, n_host = _split(n_sub_batches, _n_all(on_device), _n_all(on_host))
     chunks = {i: len(slabs[i].chunks) for i in on_host}
-    bins = _balance(on_device, n_device, dict.fromkeys(on_device, 0), 0)
-    bins += _balance(on_host, n_host, chunks, residents.max_sub_batch_chunks)
+    bins = _balance(on_device, n_device, dict.fromkeys(on_device, 0), 0, max_sub_batch_tokens)
+    bins += _balance(on_host, n_host, chunks, residents.max_sub_batch_chunks, max_sub_batch_tokens)
     return StepPlan(tuple(SubBatchPlan(tuple(b)) for b in bins))
 
 
@@ -51,14 +53,23 @@ def _split(n_sub_batches: int, n_device_tokens: int, n_host_tokens: int) -> tupl
 
 
 def _balance(
-    by_slab: Mapping[int, list[RowWork]], n_bins: int, chunks: Mapping[int, int], max_chunks: int
+    by_slab: Mapping[int, list[RowWork]],
+    n_bins: int,
+    chunks: Mapping[int, int],
+    max_chunks: int,
+    max_tokens: int,
 ) -> list[list[RowWork]]:
-    """Slabs in n_bins bins, or in more where those would have too many chunks."""
+    """Slabs in n_bins bins, or in more where those would have too many chunks or tokens."""
     bins: list[list[RowWork]] = [[] for _ in range(min(n_bins, len(by_slab)))]
     loads, rooms = [0] * len(bins), [max_chunks] * len(bins)
     heaviest_first = sorted(by_slab.items(), key=lambda kv: (-_n_tokens(kv[1]), kv[0]))
     for slab_id, works in heaviest_first:
-        having_room = [i for i, room in enumerate(rooms) if room >= chunks[slab_id]]
+        n_tokens, n_chunks = _n_tokens(works), chunks[slab_id]
+        having_room = [
+            i
+            for i, (load, room) in enumerate(zip(loads, rooms, strict=True))
+            if room >= n_chunks and load + n_tokens <= max_tokens
+        ]
         if not having_room:
             having_room = [len(bins)]
             bins.append([])
@@ -66,8 +77,8 @@ def _balance(
             rooms.append(max_chunks)
         lightest = min(having_room, key=lambda i: loads[i])
         bins[lightest].extend(works)
-        loads[lightest] += _n_tokens(works)
-        rooms[lightest] -= chunks[slab_id]
+        loads[lightest] += n_tokens
+        rooms[lightest] -= n_chunks
     return bins
 
 

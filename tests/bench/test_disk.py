@@ -163,6 +163,24 @@ def test_ours_reads_its_layers_from_disk_and_agrees_with_the_peer(
     assert len({tuple(ids) for ids in ours.output_ids}) == 4
 
 
+def test_other_weights_come_from_a_file_of_their_own(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_memory = loader.plan_memory
+
+    def planned(*args: Any) -> Any:
+        plan = plan_memory(*args)
+        layer_bytes = plan.weights_bytes // N_LAYERS
+        assert layer_bytes < 0.4 * LAYER_BYTES
+        return replace(plan, n_disk_layers=4, disk_bytes=4 * layer_bytes)
+
+    monkeypatch.setattr(loader, "plan_memory", planned)
+    found = disk_work.run_job("sl-serve:int4", small, 2, 10**9, tmp_path)
+    assert 0 < found["extras"]["disk_bytes"] < 4 * 0.4 * LAYER_BYTES
+    assert [len(ids) for ids in found["output_ids"]] == [16, 16]
+    assert list(tmp_path.iterdir()) == []  # it has no name
+
+
 @pytest.mark.parametrize("variant", ["bfloat16", "bfloat16:uncached"])
 def test_the_peer_reads_its_layers_once_or_every_time(
     small: Path, direct: None, variant: str
@@ -283,6 +301,35 @@ def test_a_failing_peer_is_listed_and_not_tried_again() -> None:
     assert "sl-serve / accelerate float32" not in {f["figure"] for f in report["figures"]}
 
 
+def test_other_weights_are_set_beside_the_models_own() -> None:
+    given = answers()
+    for n, tokens_per_s in ((1, 2.0), (4, 4.0), (32, 4.0)):
+        given["sl-serve:int4", n] = given["sl-serve", n] | {"wall_s": 8 / tokens_per_s}
+    given["sl-serve:int4", 32]["extras"] = {**given["sl-serve", 32]["extras"], "disk_bytes": 0}
+    asked: list[tuple[str, int]] = []
+
+    def job(system: str, n_requests: int) -> dict[str, Any]:
+        asked.append((system, n_requests))
+        return dict(given[system, n_requests])
+
+    turn = systems("accelerate", ["int4"])
+    results = run_all(turn, 1, job, lambda: Bandwidth(100.0, 90.0), lambda _: None)
+    first, second = asked[1:3]
+    assert (first, second) == (("sl-serve", 1), ("sl-serve:int4", 1))
+    report = json.loads(json.dumps(build_report(results, MATRICES, 640)))
+    # Eight tokens each: own weights 1, 1 and 2 tokens/s.
+    times = {t["n_requests"]: t["times"] for t in report["times_own_weights"]}
+    assert times == {1: 2.0, 4: 4.0, 32: 2.0}
+    assert {t["weights"] for t in report["times_own_weights"]} == {"int4"}
+    plain = json.loads(json.dumps(build_report(compare(answers())[0], MATRICES, 640)))
+    assert plain["times_own_weights"] == []
+    ratios = [f["figure"] for f in report["figures"]]
+    assert ratios == [f["figure"] for f in plain["figures"]]  # not taken for a peer's
+    screen = io.StringIO()
+    Console(file=screen, width=160).print(render(report | {"model": "small"}))
+    assert "--weights int4, 4 requests: 4.00 times the model's own" in screen.getvalue()
+
+
 def test_without_the_disk_there_is_nothing_to_compare() -> None:
     given = answers()
     given["sl-serve", 1]["extras"]["disk_bytes"] = 0
@@ -307,16 +354,16 @@ def test_the_table_shows_every_run_and_every_miss() -> None:
 # The command line.
 
 
-def test_a_worker_is_a_process_of_its_own(small: Path) -> None:
-    answer = disk.SubprocessJob(small, 2 * 10**9)("sl-serve", 1)
+def test_a_worker_is_a_process_of_its_own(small: Path, tmp_path: Path) -> None:
+    answer = disk.SubprocessJob(small, 2 * 10**9, tmp_path)("sl-serve", 1)
     assert [len(ids) for ids in answer["output_ids"]] == [16]
     assert answer["peak_rss_bytes"] > 50 * 2**20
     assert answer["extras"]["disk_bytes"] == 0  # two gigabytes hold it all
 
 
-def test_a_worker_that_fails_tells_why(small: Path) -> None:
+def test_a_worker_that_fails_tells_why(small: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"sl-serve ended with exit code 2: .*--host-memory"):
-        disk.SubprocessJob(small, 10**6)("sl-serve", 1)
+        disk.SubprocessJob(small, 10**6, tmp_path)("sl-serve", 1)
 
 
 @pytest.mark.parametrize(
@@ -326,9 +373,13 @@ def test_a_worker_that_fails_tells_why(small: Path) -> None:
         ({"host_memory": "much"}, "'much' is no size"),
         ({"model": "/"}, r"/: has no \.safetensors file"),
         ({"model": "huge"}, "no shape is named 'huge'"),
+        ({"weights": "int4,int3"}, "--weights 'int3' is not known"),
     ],
 )
-def test_mistakes_are_told_at_once(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_mistakes_are_told_at_once(
+    given: dict[str, Any], message: str, small: Path, tmp_path: Path
+) -> None:
+    given = {"model": str(small)} | given
     with pytest.raises(UserError, match=message):
         disk.run(**given, cache=tmp_path)
 

@@ -10,12 +10,16 @@ from triton.compiler import ASTSource
 
 from sl_serve.ops.triton import expand, kv
 from sl_serve.weights.formats import BLOCK_FORMATS
+from sl_serve.weights.groups import GROUP_FORMATS
+
+# Of groups one size: the others differ in two numbers.
+FORMATS = BLOCK_FORMATS | {g.format.name: g.format for g in GROUP_FORMATS.values() if g.group == 64}
 
 
 def sources() -> list[ASTSource]:
     found = []
-    for name, decode in expand.DECODERS.items():
-        format = BLOCK_FORMATS[name]
+    for name, format in FORMATS.items():
+        decode = expand.DECODERS[name]
         for out in ("*u16", "*fp16", "*fp32") if name == "q4_0" else ("*u16",):
             constants = {
                 "decode": decode,

@@ -14,21 +14,23 @@ from sl_serve import ops as ops_module
 from sl_serve.device import SimDevice
 from sl_serve.ops import torch_ops
 from sl_serve.ops.device_ops import DeviceOps
-from sl_serve.ops.triton.blocks import DECODERS
-from sl_serve.ops.triton.expand import TILE, expand_rows, expands
+from sl_serve.ops.triton.expand import DECODERS, TILE, expand_rows, expands
 from sl_serve.ops.triton.kv import pack, scatter
 from sl_serve.ops.triton_ops import TritonOps
 from sl_serve.weights.formats import BLOCK_FORMATS, Format, plain
+from sl_serve.weights.groups import GROUP_FORMATS
 from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight
 from tests.engine.running import GREEDY, config, engine, run
 from tests.engine.test_cuda_ops import CASES, Window
 from tests.engine.test_gguf_weights import TOKENIZER, TOKENS
+from tests.weights import groups
 from tests.weights.blocks import HALVES, KINDS, Kind, put_halves, random_rows
 from tests.weights.test_formats import SPECIAL_HALVES
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+each_group = pytest.mark.parametrize("name", GROUP_FORMATS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -44,17 +46,20 @@ def dequantised(rows: np.ndarray, kind: Kind) -> torch.Tensor:
 
 
 def expanded(rows: np.ndarray, kind: Kind, dtype: torch.dtype) -> torch.Tensor:
-    quantised = QuantisedRows(torch.from_numpy(rows), BLOCK_FORMATS[kind.name.lower()])
+    return guarded(QuantisedRows(torch.from_numpy(rows), BLOCK_FORMATS[kind.name.lower()]), dtype)
+
+
+def guarded(quantised: QuantisedRows, dtype: torch.dtype) -> torch.Tensor:
     # All bits set beside what is to be written.
-    guarded = torch.full((quantised.shape[0] + 2, quantised.shape[1]), -1, dtype=torch.int32)
-    guarded = guarded.view(dtype)[:, : quantised.shape[1]].contiguous()
-    expand_rows(quantised, guarded[1:-1])
-    assert guarded[0].isnan().all() and guarded[-1].isnan().all()
-    return guarded[1:-1]
+    out = torch.full((quantised.shape[0] + 2, quantised.shape[1]), -1, dtype=torch.int32)
+    out = out.view(dtype)[:, : quantised.shape[1]].contiguous()
+    expand_rows(quantised, out[1:-1])
+    assert out[0].isnan().all() and out[-1].isnan().all()
+    return out[1:-1]
 
 
 def test_every_format_has_a_kernel() -> None:
-    assert set(DECODERS) <= set(BLOCK_FORMATS)
+    assert set(DECODERS) == set(BLOCK_FORMATS) | set(GROUP_FORMATS)
     assert {kind.name.lower() for kind in KINDS} <= set(DECODERS)
 
 
@@ -94,6 +99,32 @@ def test_ties_go_to_even() -> None:
     assert int(halfway.sum()) > 20
     found = expanded(rows, Kind.Q8_0, torch.bfloat16)
     assert torch.equal(bits(found), bits(exact.to(torch.bfloat16)))
+
+
+@each_group
+@each_dtype
+def test_random_groups(name: str, dtype: torch.dtype) -> None:
+    rows = groups.rows_of(name, 5, 384)
+    found = guarded(rows, dtype)
+    assert torch.equal(bits(found), bits(rows.widened().to(dtype)))
+    assert 0.05 < float(found.abs().max()) < 1
+
+
+@each_group
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_any_bits_of_a_group(name: str, dtype: torch.dtype) -> None:
+    """Scales that are zero, subnormal, infinite or no number among them; every number of 8 bits."""
+    format = GROUP_FORMATS[name].format
+    random = np.random.default_rng(5)
+    data = random.integers(0, 256, (64, format.row_bytes(256)), dtype=np.uint8)
+    headers = data.reshape(-1, format.block_bytes)[:, :4]
+    special = [0.0, -0.0, 1e-45, 1e-39, np.inf, -np.inf, np.nan, 3.4e38]
+    for i, scale in enumerate(special):
+        headers[i::16] = np.array([scale], "<f4").view(np.uint8)
+    rows = QuantisedRows(torch.from_numpy(data), format)
+    assert torch.equal(bits(guarded(rows, dtype)), bits(rows.widened().to(dtype)))
 
 
 def ops(kind: type[DeviceOps], dtype: torch.dtype) -> DeviceOps:

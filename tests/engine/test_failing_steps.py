@@ -342,7 +342,7 @@ def test_the_packer_keeps_the_limit_and_prefers_the_oldest(max_tokens: int) -> N
         request = Request(str(i), [0] * 9, SamplingParams(), lambda _: None, sequence_no=i)
         request.n_cached = 8 if i % 2 else 0  # every other one decodes
         assert residents.admit(request, 12)
-    plan = pack(residents, 20, 2, max_tokens)
+    plan = pack(residents, 20, 2, 1 << 30, max_tokens)
     works = {w.request.request_id: w.n_new for s in plan.sub_batches for w in s.rows}
     unlimited = [("0", 9), ("1", 1), ("2", 9), ("3", 1), ("4", 2), ("5", 1)]
     room, expected = max_tokens, {}

@@ -149,7 +149,7 @@ def test_a_plan_counts_what_a_device_takes(folder: Path, kv: KVDTypeName) -> Non
         plan = parts[0].plan
     chunk_bytes = 2 * plan.kv.chunk_layer_bytes + plan.device_kv.chunk_layer_bytes
     assert plan.windows_bytes == plan.window_chunks * chunk_bytes
-    staged = 2 * plan.max_step_tokens * plan.kv.token_layer_bytes
+    staged = 2 * plan.max_sub_batch_tokens * plan.kv.token_layer_bytes
     assert plan.windows_bytes + staged + plan.device_slots_bytes <= device.n_bytes
     assert device.n_bytes <= plan.device_bytes
     lines = plan.kv.line_bytes / plan.device_kv.line_bytes

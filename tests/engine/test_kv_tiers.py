@@ -76,7 +76,7 @@ class Watched(Simulation):
                 assert slab.chunks == list(range(first, first + len(slab.chunks)))
             else:
                 assert len(slab.chunks) <= MOST_CHUNKS
-        plan = pack(self.residents, 40, 3)
+        plan = pack(self.residents, 40, 3, MAX_WIDTH + 40)
         check_sub_batches(self.residents, plan)
 
     @property

@@ -13,6 +13,7 @@ from sl_serve.sched.packer import pack
 from sl_serve.sched.residents import Residents
 
 FEW = settings(derandomize=True, max_examples=80, deadline=None)
+UNBOUNDED = 1 << 30
 SPEC = KVSpec(1, 1, 1, KV_FORMATS["float32"], chunk_tokens=16, order="position")
 
 
@@ -61,7 +62,7 @@ CASES = st.builds(
 
 def packed(case: Case) -> tuple[Residents, StepPlan]:
     residents = case.residents()
-    return residents, pack(residents, case.budget_tokens, case.n_sub_batches)
+    return residents, pack(residents, case.budget_tokens, case.n_sub_batches, UNBOUNDED)
 
 
 def works_of(plan: StepPlan) -> dict[str, RowWork]:
@@ -142,6 +143,25 @@ def test_sub_batches_differ_by_the_largest_slab_at_most(case: Case) -> None:
 
 
 @FEW
+@given(CASES, st.integers(0, 20))
+def test_no_sub_batch_has_more_tokens_than_it_may(case: Case, more: int) -> None:
+    """There are more of them instead, none of which two could be one."""
+    residents, free = packed(case)
+    tokens_of_slab: Counter[int] = Counter()
+    for work in works_of(free).values():
+        tokens_of_slab[work.slab] += work.n_new
+    most = max(tokens_of_slab.values(), default=0) + more
+    plan = pack(residents, case.budget_tokens, case.n_sub_batches, most)
+    assert {w.request.request_id for s in plan.sub_batches for w in s.rows} == set(works_of(free))
+    loads = sorted(s.n_tokens for s in plan.sub_batches)
+    assert max(loads, default=0) <= most
+    if len(loads) > len(free.sub_batches):
+        assert sum(loads[:2]) > most
+    elif max((s.n_tokens for s in free.sub_batches), default=0) <= most:
+        assert plan == free
+
+
+@FEW
 @given(CASES)
 def test_the_same_residents_give_the_same_plan(case: Case) -> None:
     def summary(plan: StepPlan) -> list[list[tuple[str, int, int, int, int]]]:
@@ -151,7 +171,7 @@ def test_the_same_residents_give_the_same_plan(case: Case) -> None:
         ]
 
     residents, plan = packed(case)
-    again = pack(residents, case.budget_tokens, case.n_sub_batches)
+    again = pack(residents, case.budget_tokens, case.n_sub_batches, UNBOUNDED)
     assert summary(again) == summary(plan) == summary(packed(case)[1])
 
 

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
+from sl_serve import cli_load
 from sl_serve.cli import app
+from sl_serve.config import EngineConfig
+from sl_serve.errors import UserError
 from sl_serve.plan.profiles import PROFILES
 from tests.plan.examples import shorten_probes
 from tests.test_cli import sl_serve
@@ -57,6 +62,55 @@ def test_budgets_are_ceilings(
     assert found["budgets_bytes"]["device"] == 4 * GIB
     assert found["memory_bytes"]["device"] <= 4 * GIB
     assert found["memory_bytes"]["host"] <= 24 * GIB
+
+
+def served(monkeypatch: pytest.MonkeyPatch, model: str, flags: list[str]) -> EngineConfig:
+    """What `serve` would run with."""
+    configs: list[EngineConfig] = []
+
+    def load(found: str, config: EngineConfig, *_: object, tuned: bool) -> None:
+        assert found == model and not tuned
+        configs.append(config)
+        raise UserError("enough")
+
+    monkeypatch.setattr(cli_load, "load_engine", load)
+    arguments = ["serve", model, "--port", "0", *shlex.split(" ".join(flags))]
+    assert str(CliRunner().invoke(app, arguments).exception) == "enough"
+    return configs[0]
+
+
+@pytest.mark.parametrize("attention", ["device", "host"])
+def test_the_command_says_all_that_was_asked_for(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    asked = ["--attention", attention, "--weights", "int4_g128", "--kv-dtype", "int8"]
+    asked += ["--device-memory", "12 GiB", "--host-memory", "100GiB", "--disk-dir", "/a disk"]
+    asked += ["--threads", "3", "--json"]
+    _, out, _ = sl_serve(capfd, monkeypatch, "plan", "opt-30b", "--profile", "t4", *asked)
+    found = json.loads(out)
+    config = served(monkeypatch, "opt-30b", found["serve_flags"])
+    assert (config.device, config.dtype) == ("cuda", "bfloat16")  # what blocks are expanded to
+    assert (config.attention, config.weights, config.kv_dtype) == (attention, "int4_g128", "int8")
+    assert config.device_memory_bytes == 12 * GIB and config.host_memory_bytes == 100 * GIB
+    assert (config.disk_dir, config.n_threads, config.load_format) == ("/a disk", 3, "dummy")
+    placed, scheduler = found["placement"], config.scheduler
+    assert scheduler.max_rows == placed["rows"] * placed["n_sub_batches"]
+    assert scheduler.n_sub_batches == placed["n_sub_batches"]
+    assert scheduler.prefill_chunk_tokens == placed["prefill_tokens"]
+
+
+def test_the_command_says_nothing_that_needs_not_be(
+    tiny: tuple[Path, LlamaForCausalLM],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ["--prompt", "20", "--gen", "4", "--requests", "3", "--json"]
+    for machine, more in (("laptop", {}), ("t4", {"--device": "cuda", "--dtype": "float32"})):
+        _, out, _ = sl_serve(capfd, monkeypatch, "plan", str(tiny[0]), *asked, "--profile", machine)
+        flags = dict(flag.split() for flag in json.loads(out)["serve_flags"])
+        cut = {"--max-rows", "--sub-batches", "--prefill-tokens"}
+        assert {k: v for k, v in flags.items() if k not in cut} == more
+        assert served(monkeypatch, str(tiny[0]), json.loads(out)["serve_flags"]).dtype == "float32"
 
 
 def test_a_model_on_this_machine(

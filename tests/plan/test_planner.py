@@ -18,6 +18,7 @@ from sl_serve.plan.planner import (
     Abilities,
     Budgets,
     Plan,
+    _placed,
     choose,
     engine_abilities,
     fill,
@@ -190,7 +191,7 @@ def test_the_faster_place_attends_and_the_other_is_told(host_rate: float, place:
     assert forced.placement.attention == other
     assert found.other_attention == forced.prediction
     assert forced.prediction.tokens_per_s < found.prediction.tokens_per_s
-    flags = serve_flags(found.placement)
+    flags = serve_flags(found.placement, [])
     assert ("--attention host" in flags) == (place == "host")
 
 
@@ -203,6 +204,28 @@ def test_memory_of_attention_by_the_processor_by_hand() -> None:
     widened = (1000 + 500 + 500 + 1000) * 4
     kv = 4 * 1100 * 20_000
     assert used["host"] == 10 * 100 * MB + kv + tokens * (crossing + widened)
+
+
+def test_hidden_states_are_swapped_only_where_they_would_not_fit() -> None:
+    """160 rows and 10 prompt tokens of 2,000 bytes; 50 of them in a sub-batch."""
+    cut = placement(rows=40, n_sub_batches=4, prefill_tokens=10, kv_device_share=0.0)
+    work = replace(WORK, n_requests=160)
+    used = {
+        swaps: tier_bytes(memory_parts(model(), replace(cut, swaps_hidden=swaps), work, True))
+        for swaps in (False, True)
+    }
+    assert used[False]["device"] - used[True]["device"] == (120 - 2 * 50) * 2000
+    assert used[True]["host"] - used[False]["host"] == 170 * 2000
+    enough, host = used[False]["device"], 100 * GB
+
+    def swaps(cut: Placement, device_bytes: int) -> bool | None:
+        placed = _placed(model(), cut, hardware(), Budgets(device_bytes, host, 0), work)
+        return None if placed is None else placed[1].swaps_hidden
+
+    assert (swaps(cut, enough), swaps(cut, enough - 1)) == (False, True)
+    assert swaps(cut, used[True]["device"] - 1) is None
+    assert swaps(replace(cut, n_sub_batches=2, rows=80), 10 * MB) is None  # would save nothing
+    assert swaps(replace(cut, attention="host"), 10 * MB) is None
 
 
 def test_requests_longer_than_the_context_are_refused() -> None:

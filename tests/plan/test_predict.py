@@ -46,6 +46,15 @@ def test_kv_of_the_host_crosses_the_link() -> None:
     assert decode.resource_s["link down"] == pytest.approx(up_s + (1e9 + prefix - new) / 1e9)
 
 
+def test_hidden_states_that_are_swapped_cross_once_per_layer_each_way() -> None:
+    swapped = placement(n_sub_batches=2, rows=2, swaps_hidden=True)
+    decode = predict(model(), swapped, hardware(), FOUR).decode
+    crossing = 4 * 10 * 1000 * 2  # tokens, layers, elements, bytes
+    up_s = crossing / 0.5e9
+    assert decode.resource_s["link up"] == pytest.approx(up_s)
+    assert decode.resource_s["link down"] == pytest.approx(up_s + 1.0)
+
+
 def test_attention_by_the_processor_sends_queries_instead() -> None:
     on_host = placement(kv_device_share=0.0, attention="host", n_sub_batches=2, rows=2)
     slow = hardware(host_read_bytes_per_s=10e9)

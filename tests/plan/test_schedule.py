@@ -35,7 +35,7 @@ def play(workload: Workload, n_rows: int, budget: int) -> list[tuple[int, ...]]:
         assert not residents.make_room()
         while waiting and residents.admit(waiting[0], workload.total_tokens):
             waiting.popleft()
-        works = [w for s in pack(residents, budget, 1).sub_batches for w in s.rows]
+        works = [w for s in pack(residents, budget, 1, 1 << 30).sub_batches for w in s.rows]
         decoding = [w for w in works if w.start >= workload.prompt_tokens]
         steps.append(
             (

@@ -1,9 +1,9 @@
-"""One number of a block, for each of the formats: what `Format.widen` says, element by element.
+"""One number of a block, for each of GGUF's formats: what `Format.widen` says, element by element.
 
 A decoder gets the address of a block (bytes) and the place of an element in it, and gives float32.
 The memory traffic is what counts: bytes that neighbours share come from the cache. Blocks start at
 even addresses, as half-precision numbers in them do. A format whose blocks are a header and packed
-integers needs a function of a few lines, and its name in DECODERS.
+integers needs a function of a few lines, and its name in BLOCK_DECODERS.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _q6_k(block, i):
     return scale * ((lower | (upper << 4)) - 32).to(tl.float32)
 
 
-DECODERS = {
+BLOCK_DECODERS = {
     "q4_0": _q4_0,
     "q4_1": _q4_1,
     "q5_0": _q5_0,

@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from sl_serve.ops.triton.blocks import DECODERS
+from sl_serve.ops.triton.blocks import BLOCK_DECODERS
+from sl_serve.ops.triton.groups import GROUP_DECODERS
 from sl_serve.weights.quantised import QuantisedRows
 
+DECODERS = BLOCK_DECODERS | GROUP_DECODERS
 TILE = 1024  # numbers of a program
 
 
