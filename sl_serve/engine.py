@@ -234,6 +234,7 @@ class Engine:
             for request in error.requests:
                 logger.error("request %s: %s", request.request_id, error)
                 self._finish(request, FinishReason.ERROR, str(error))
+            self._parts.sweep.restart()  # hidden states that nobody took may be on their way
             return False
         except Exception as error:
             if not is_out_of_memory(error):

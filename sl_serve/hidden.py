@@ -46,6 +46,9 @@ class HiddenStates(Protocol):
         """After the last layer, sub-batch by sub-batch; each is used up before the next is taken,
         and all are taken."""
 
+    def restart(self) -> None:
+        """After a step that failed, of which nothing is under way: forget it."""
+
 
 class ResidentHidden:
     """All of them stay where they are computed with."""
@@ -67,6 +70,9 @@ class ResidentHidden:
     def results(self) -> Iterable[torch.Tensor]:
         states, self._states = self._states, []
         return states
+
+    def restart(self) -> None:
+        self._states = []
 
 
 class SwappedHidden:
@@ -147,6 +153,9 @@ class SwappedHidden:
             index = visit % len(self._buffers)
             self._device.computed(0.0, (self._buffers[index],), "head")
             self._free[index] = self._device.record(Stream.COMPUTE)
+
+    def restart(self) -> None:
+        """`begin` starts anew, and what its copies will wait for has happened."""
 
     def _in_buffer(self, visit: int) -> torch.Tensor:
         """The visit's bytes on the device."""

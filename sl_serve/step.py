@@ -90,6 +90,7 @@ class Sweep:
         if not self.device.in_place:
             self._settle()
         self.weights.restart()
+        self.hidden.restart()
 
     def _settle(self) -> None:
         """Every stream waits for what is queued on the others, and so does the host."""

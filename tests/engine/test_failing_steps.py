@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +61,7 @@ MACHINES = {
         planned={"n_disk_layers": 2, "embedding_on_disk": True, "head_on_disk": True}
     ),
     "windows": Machine(True),
+    "windows, hidden states swapped": Machine(True, {"hidden_bytes": 1}),
     "windows, layers on disk": Machine(True, {"n_disk_layers": 3, "head_on_disk": True}),
     "KV on the device too": Machine(True, {"n_device_chunks": 8}, {"kv_memory_bytes": 160_000}),
     "attention on the host": Machine(True, changes={"attention": "host"}),
@@ -250,15 +251,14 @@ def test_a_row_without_numbers_ends_alone(
     def install(parts: Parts) -> None:
         inner = parts.sweep.run
 
-        def poisoned(plan: StepPlan, slabs: Mapping[int, Slab]) -> list[torch.Tensor]:
-            hidden = inner(plan, slabs)
-            for sub_batch, states in zip(plan.sub_batches, hidden, strict=True):
+        def poisoned(plan: StepPlan, slabs: Mapping[int, Slab]) -> Iterator[torch.Tensor]:
+            for sub_batch, states in zip(plan.sub_batches, inner(plan, slabs), strict=True):
                 first = 0
                 for work in sub_batch.rows:
                     if len(work.request.output_ids) == 3 and work.request.request_id == "r2":
                         states[first : first + work.n_new] = torch.nan
                     first += work.n_new
-            return hidden
+                yield states
 
         parts.sweep.run = poisoned  # type: ignore[method-assign]
 
