@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sl_serve.config import DeviceName
-from sl_serve.device.base import Device, Event, Stream
+from sl_serve.device.base import Device, Event, HostWork, Stream
 from sl_serve.device.cpu import CpuDevice
 from sl_serve.device.cuda import CudaDevice, cuda_budget_bytes
 from sl_serve.device.sim import SimDevice
@@ -14,6 +14,7 @@ __all__ = [
     "CudaDevice",
     "Device",
     "Event",
+    "HostWork",
     "SimDevice",
     "Span",
     "Stream",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -21,6 +21,13 @@ class Stream(IntEnum):
 
 class Event(Protocol):
     """A point in a stream's work."""
+
+
+class HostWork(NamedTuple):
+    """When the processor did something, by time.perf_counter."""
+
+    start_s: float
+    stop_s: float
 
 
 class Device(Protocol):
@@ -67,7 +74,7 @@ class Device(Protocol):
         """Tell that work reading these buffers was queued on the compute stream: arithmetic, or
         n_bytes read and written in the device's memory."""
 
-    def host_read(self, after: Event, n_bytes: int, name: str = "") -> Event:
+    def host_read(self, after: Event, n_bytes: int, work: HostWork, name: str = "") -> Event:
         """Tell that the processor waited for `after`, and for its own earlier work, and has since
         read n_bytes of host memory. The point when it was done."""
 

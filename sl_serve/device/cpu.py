@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sl_serve.device.base import Event, Stream
+from sl_serve.device.base import Event, HostWork, Stream
 from sl_serve.device.timeline import Span
 from sl_serve.host_memory import host_empty
 
@@ -45,7 +45,7 @@ class CpuDevice:
     ) -> None:
         pass
 
-    def host_read(self, after: Event, n_bytes: int, name: str = "") -> Event:
+    def host_read(self, after: Event, n_bytes: int, work: HostWork, name: str = "") -> Event:
         raise AssertionError("nothing runs beside a device that is the processor itself")
 
     def stall_s(self) -> float:

@@ -13,13 +13,14 @@ What comes and goes within a step (activations, uploads) is taken, used and free
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 
-from sl_serve.device.base import Event, Stream
+from sl_serve.device.base import Event, HostWork, Stream
 from sl_serve.device.pinned import PinnedBuffers, StagingRing
 from sl_serve.device.timeline import Span
 from sl_serve.errors import MemoryBudgetError, UserError
@@ -130,7 +131,9 @@ class CudaDevice:
         if self._timeline is not None:
             self._timeline.add_compute(name)
 
-    def host_read(self, after: Event, n_bytes: int, name: str = "") -> Event:
+    def host_read(self, after: Event, n_bytes: int, work: HostWork, name: str = "") -> Event:
+        if self._timeline is not None:
+            self._timeline.add_host(name, work)
         return after  # it has happened: what is queued from now on comes later by itself
 
     def stall_s(self) -> float:
@@ -181,15 +184,19 @@ class _Timeline:
     """Timing events around copies and computations.
 
     A computation is taken to start where the compute stream's last wait, or the computation
-    before it, ended: what Python takes to queue it counts as its own.
+    before it, ended: what Python takes to queue it counts as its own. The processor's clock and the
+    GPU's meet where the timeline starts.
     """
 
     def __init__(self, streams: dict[Stream, Any]) -> None:
         self._streams = streams
         self._zero = self._mark(Stream.COMPUTE)
+        self._zero.synchronize()  # between steps: nothing is waited for
+        self._host_zero_s = time.perf_counter()
         self._compute_from = self._zero
         self._open: dict[Stream, tuple[str, Any]] = {}
         self._spans: list[tuple[Stream, str, Any, Any]] = []
+        self._host_spans: list[Span] = []
 
     def start(self, stream: Stream, name: str) -> None:
         self._open[stream] = name, self._mark(stream)
@@ -205,13 +212,18 @@ class _Timeline:
         self._spans.append((Stream.COMPUTE, name, self._compute_from, end))
         self._compute_from = end
 
+    def add_host(self, name: str, work: HostWork) -> None:
+        zero_s = self._host_zero_s
+        self._host_spans.append(Span("host", name, work.start_s - zero_s, work.stop_s - zero_s))
+
     def spans(self) -> list[Span]:
         for _, _, _, stop in self._spans:
             stop.synchronize()
-        return [
+        on_device = [
             Span(stream.name.lower(), name, self._since(start), self._since(stop))
             for stream, name, start, stop in self._spans
         ]
+        return on_device + self._host_spans
 
     def _mark(self, stream: Stream) -> Any:
         event = _cuda.Event(enable_timing=True)

@@ -27,7 +27,7 @@ from threading import Lock
 
 import torch
 
-from sl_serve.device.base import Event, Stream
+from sl_serve.device.base import Event, HostWork, Stream
 from sl_serve.device.timeline import Span
 from sl_serve.errors import SlServeError
 from sl_serve.host_memory import host_empty
@@ -158,7 +158,7 @@ class SimDevice:
             address = buffer.untyped_storage().data_ptr()
             self._read_until_s[address] = self._queues[Stream.COMPUTE].time_s
 
-    def host_read(self, after: Event, n_bytes: int, name: str = "") -> Event:
+    def host_read(self, after: Event, n_bytes: int, work: HostWork, name: str = "") -> Event:
         assert isinstance(after, SimEvent)
         start_s = max(self._host_s, after.time_s)
         self._host_s = start_s + n_bytes / self.profile.host_bytes_per_s

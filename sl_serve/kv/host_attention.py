@@ -7,6 +7,7 @@ crosses the link.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from sl_serve.core import SubBatchPlan
-from sl_serve.device import Device, Event, Stream
+from sl_serve.device import Device, Event, HostWork, Stream
 from sl_serve.kv.host import HostKV
 from sl_serve.kv.pool import Slab
 from sl_serve.kv.rows import RowTable
@@ -31,7 +32,7 @@ class _SubBatch(NamedTuple):
 
 class _Job(NamedTuple):
     arrived: Event  # of queries, keys and values
-    done: Future[None]
+    done: Future[HostWork]
 
 
 class HostAttention:
@@ -107,9 +108,8 @@ class HostAttention:
         """Raises what the worker raised."""
         index = cell % len(self._sub_batches)
         sub_batch, job = self._sub_batches[index], self._jobs.pop(index)
-        job.done.result()
-        device = self._device
-        attended = device.host_read(job.arrived, sub_batch.context_bytes, "attention")
+        device, work = self._device, job.done.result()
+        attended = device.host_read(job.arrived, sub_batch.context_bytes, work, "attention")
         device.wait(Stream.LOAD, attended)
         arriving, given = self._device_out[sub_batch.tokens], self._host_out[sub_batch.tokens]
         device.copy(Stream.LOAD, _bytes_of(arriving), _bytes_of(given), "attention")
@@ -125,10 +125,11 @@ class HostAttention:
         """Waits for the worker; what it has not begun is dropped."""
         self._worker.shutdown(cancel_futures=True)
 
-    def _attend(self, arrived: Event, layer: int, sub_batch: _SubBatch) -> None:
+    def _attend(self, arrived: Event, layer: int, sub_batch: _SubBatch) -> HostWork:
         """On the worker's thread, whose mode is its own."""
         with torch.inference_mode():
             self._device.synchronize(arrived)
+            start_s = time.perf_counter()
             new = self._host_qkv[sub_batch.tokens]
             if self._widened is not None:
                 new = self._widened[: len(new)].copy_(new)
@@ -137,6 +138,7 @@ class HostAttention:
             self._ops.append(region, sub_batch.table, k, v)
             attended = self._ops.attend(region, sub_batch.table, q, self._n_kv_heads)
             self._host_out[sub_batch.tokens].copy_(attended)
+        return HostWork(start_s, time.perf_counter())
 
 
 def _tensor(

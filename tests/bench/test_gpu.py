@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,11 +16,13 @@ from bench.errors import BenchError
 from bench.gpu_cases import GIB, GPU_CASES, GpuCase, find_gpu_cases
 from bench.gpu_peers import MEASURE, PACKAGES, batch_of
 from bench.gpu_report import GpuResults, bound_s, build_report, render
-from bench.timeline import LANES, Timeline, draw
+from bench.timeline import STREAMS, Timeline, draw
 from sl_serve import device as device_module
 from sl_serve import loader
-from sl_serve.device import Span
+from sl_serve.device import SimDevice, Span
 from tests.engine.fake_cuda import FakeRuntime, LazyCudaDevice, fake_cuda
+from tests.engine.running import GREEDY, config, engine, run
+from tests.models import write_tiny_llama
 
 LINK = {
     "gpu": "Imagined",
@@ -134,7 +137,8 @@ def test_a_timeline_counts_from_its_first_span() -> None:
     timeline = Timeline.of(SPANS)
     assert timeline.length_s == 4.0
     assert timeline.spans[0] == Span("load", "weights", 0.0, 2.0)
-    assert [timeline.busy_share(lane) for lane in LANES] == [0.5, 0.75, 0.25]
+    assert [timeline.busy_share(lane) for lane in timeline.lanes] == [0.5, 0.75, 0.25]
+    assert timeline.lanes == STREAMS
     assert Timeline.of([]).busy_share("load") == 0.0
 
 
@@ -151,6 +155,27 @@ def test_a_drawing_has_a_bar_for_every_span(tmp_path: Path) -> None:
     assert "a <case>: one step" in [t.text for t in root.iter(f"{svg}text")]
     empty = ElementTree.fromstring(draw(Timeline.of([]), "nothing"))
     assert not list(empty.iter(f"{svg}title"))
+
+
+def test_the_processor_has_a_lane_where_it_attends(tmp_path: Path) -> None:
+    """Of a run on the simulated device."""
+    write_tiny_llama(tmp_path)
+    device, spans = SimDevice(), list[Span]()
+    settings = replace(config(max_rows=4, n_sub_batches=2), attention="host")
+    with engine(tmp_path, settings, device) as running:
+        running.on_step(lambda _: spans.extend(device.take_timeline()) or device.start_timeline())
+        run(running, [[1, 2, 3], [4, 5]], replace(GREEDY, max_tokens=4))
+    timeline = Timeline.of(spans)
+    assert timeline.lanes == (*STREAMS, "host")
+    assert {s.name for s in timeline.spans if s.stream == "host"} == {"attention"}
+    assert set(timeline.as_json()["busy_share"]) == {*STREAMS, "host"}
+    root = ElementTree.fromstring(draw(timeline, "attends"))
+    svg = "{http://www.w3.org/2000/svg}"
+    titles = [t.text or "" for t in root.iter(f"{svg}text")]
+    assert any(t.startswith("host ") for t in titles)
+    bars = {float(r.attrib["y"]) for r in root.iter(f"{svg}rect") if len(r)}
+    assert len(bars) == 4  # a height each
+    assert max(bars) < float(root.attrib["height"]) - 50
 
 
 @pytest.mark.parametrize("stays", [False, True])

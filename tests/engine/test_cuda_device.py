@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sl_serve.device import CudaDevice, Stream, open_device
+from sl_serve.device import CudaDevice, HostWork, Stream, open_device
 from sl_serve.errors import MemoryBudgetError, UserError
 from tests.engine.fake_cuda import (
     SLOT_BYTES,
@@ -248,6 +249,24 @@ def test_a_timeline_has_every_copy_and_computation(device: LazyCudaDevice) -> No
     load, layer, _ = spans
     assert layer.start_s > load.stop_s  # it waited
     device.copy(Stream.LOAD, slot, source, "after")
+    assert device.take_timeline() == []
+
+
+def test_what_the_processor_did_is_counted_from_where_the_timeline_starts(
+    device: LazyCudaDevice,
+) -> None:
+    began_s = time.perf_counter()
+    device.start_timeline()
+    started_s = time.perf_counter()
+    after = device.record(Stream.STORE)
+    work = HostWork(started_s + 1.0, started_s + 3.0)
+    assert device.host_read(after, 10, work, "attention") is after
+    device.computed(1.0, (), "layer")
+    layer, host = device.take_timeline()
+    assert (layer.name, host.stream, host.name) == ("layer", "host", "attention")
+    assert host.stop_s - host.start_s == pytest.approx(2.0)
+    assert 1.0 <= host.start_s <= 1.0 + started_s - began_s
+    assert device.host_read(after, 10, work, "attention") is after  # not noted any more
     assert device.take_timeline() == []
 
 

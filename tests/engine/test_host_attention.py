@@ -14,7 +14,7 @@ import torch
 from sl_serve import loader
 from sl_serve.config import EngineConfig
 from sl_serve.core import Request, RowWork, SamplingParams, SubBatchPlan
-from sl_serve.device import Event, SimDevice, Stream
+from sl_serve.device import Event, HostWork, SimDevice, Stream
 from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.kv.host import HostKV
 from sl_serve.kv.host_attention import HostAttention
@@ -248,8 +248,8 @@ class ForgetsWorker(HostAttention):
 
 
 class Done:
-    def result(self) -> None:
-        pass
+    def result(self) -> HostWork:
+        return HostWork(0.0, 0.0)
 
 
 def test_results_that_are_not_awaited_are_noticed(
@@ -259,9 +259,9 @@ def test_results_that_are_not_awaited_are_noticed(
     taken = threading.Event()
     attend = HostAttention._attend
 
-    def late(self: HostAttention, *args: object) -> None:
+    def late(self: HostAttention, *args: object) -> HostWork:
         taken.wait(5)
-        attend(self, *args)  # type: ignore[arg-type]
+        return attend(self, *args)  # type: ignore[arg-type]
 
     def forget(parts: Parts) -> None:
         parts.sweep.attention.__class__ = ForgetsWorker
