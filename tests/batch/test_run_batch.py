@@ -33,7 +33,9 @@ FEW_ROWS = ("--max-rows", "4", "--kv-memory", "4MiB", "--threads", "1")
 def command(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Command]:
+    """The server that some ask is in this process too: its log is not what they print."""
     monkeypatch.setenv("COLUMNS", "200")
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     yield lambda *arguments: sl_serve(capfd, monkeypatch, *map(str, arguments))
     structlog.reset_defaults()  # `run-batch` makes logs go to what is standard error now
     logging.basicConfig(handlers=[], force=True)
@@ -100,6 +102,11 @@ def test_interrupted_and_resumed(command: Command, model: Path, tmp_path: Path) 
     assert 5 < done < 120
     code, _, err = command("run-batch", model, *options)
     assert (code, "continue it with --resume" in err) == (2, True)
+    asked = source.read_bytes()
+    source.write_bytes(jsonl([line("another", body_of("x"))]))
+    code, _, err = command("run-batch", model, *options, "--resume")
+    assert (code, "has changed since the run began" in err) == (2, True)
+    source.write_bytes(asked)
     code, _, err = command("run-batch", model, *options, "--resume")
     assert code == 0, err
     assert list(read(output)) == [f"{i}" for i in range(120)]
@@ -131,21 +138,6 @@ def test_mistakes_are_one_sentence(command: Command, model: Path, tmp_path: Path
     assert (code, "there is no folder" in err) == (2, True)
 
 
-def test_a_changed_input_is_not_resumed(command: Command, model: Path, tmp_path: Path) -> None:
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_bytes(jsonl(line(f"{i}", body_of("x", max_tokens=100)) for i in range(40)))
-    options = ["-i", str(source), "-o", str(output), "--served-model-name", "tiny", *FEW_ROWS]
-    process = subprocess.Popen(
-        [*COMMAND, "run-batch", str(model), *options], stderr=subprocess.DEVNULL
-    )
-    wait_for(lambda: n_results(tmp_path) > 0 or process.poll() is not None, timeout_s=60)
-    process.kill()
-    process.wait()
-    source.write_bytes(jsonl([line("another", body_of("x"))]))
-    code, _, err = command("run-batch", model, *options, "--resume")
-    assert (code, "has changed since the run began" in err) == (2, True)
-
-
 def test_batches_of_a_server(command: Command, live: LiveServer, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "results.jsonl"
     source.write_bytes(jsonl(line(f"{i}") for i in range(5)))
@@ -153,7 +145,8 @@ def test_batches_of_a_server(command: Command, live: LiveServer, tmp_path: Path)
     code, out, err = command("batches", "submit", source, "--window", "2h", "--key", "k", *at)
     assert code == 0, err
     batch_id = out.strip()
-    assert command("batches", "watch", batch_id, *at)[:2] == (0, "completed\n")
+    code, out, err = command("batches", "watch", batch_id, *at)
+    assert (code, out) == (0, "completed\n"), err
     _, out, _ = command("batches", "list", *at)
     assert batch_id in out and "completed" in out
     command("batches", "results", batch_id, "-o", target, *at)
@@ -199,9 +192,9 @@ def test_without_a_server_or_a_file(command: Command, tmp_path: Path) -> None:
 def test_a_server_that_stops_leaves_its_jobs_in_progress(tmp_path: Path) -> None:
     """SIGTERM: exit code 0 at once though lines run; the next server goes on with them."""
     folder = tmp_path / "jobs"
-    body = {"model": "toy", "prompt": "z", "max_tokens": 60}
-    batch = None
-    for life in range(2):
+    body = {"model": "toy", "prompt": "z", "max_tokens": 8}
+    batch, n_done = None, 0
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.batch.serve_fake", str(folder), "0.02"],
             cwd=Path(__file__).parents[2],
@@ -220,7 +213,8 @@ def test_a_server_that_stops_leaves_its_jobs_in_progress(tmp_path: Path) -> None
                     order |= {"completion_window": "24h"}
                     batch = client.post("/v1/batches", json=order).json()
                 path = f"/v1/batches/{batch['id']}"
-                wait_for(lambda c=client, p=path, n=life: done(c, p) > 64 * n, timeout_s=30)
+                wait_for(lambda c=client, p=path, n=n_done: done(c, p) > n, timeout_s=30)
+                n_done = done(client, path)
                 assert client.get(path).json()["status"] == "in_progress"
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
