@@ -194,7 +194,7 @@ async def test_unknown_model(client: httpx.AsyncClient) -> None:
     [
         ("GET", "/nothing", 404, "not_found"),
         ("GET", "/docs", 404, "not_found"),
-        ("GET", "/v1/files", 404, "not_found"),
+        ("GET", "/v1/assistants", 404, "not_found"),
         ("POST", "/v1/completions/", 404, "not_found"),
         ("GET", "/v1/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
