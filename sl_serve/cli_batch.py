@@ -150,9 +150,12 @@ def _run(
         stack.enter_context(_interruptible(console, paths))
         engine = load_engine(model, config, console, tuned=tuned)
         stack.callback(engine.close)
-        context = ServerContext(engine, ServerSettings(served_model_names=names))
+        settings = ServerSettings(served_model_names=names)
+        context = ServerContext(engine, settings)
         stack.callback(context.close)
         service = context.batches = BatchService(context, paths.folder)
+        stack.callback(engine.drain, settings.drain_timeout_s)  # a step may take long
+        stack.callback(service.pause)
         bar = stack.enter_context(BatchBar(console))
         batch = run_file(service, engine, paths, seed, bar.show)
     clear(paths)

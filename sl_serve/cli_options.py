@@ -196,7 +196,9 @@ JobsDir = Annotated[
 ]
 JobsQuota = Annotated[
     str | None,
-    _option(SERVER, "--jobs-quota", "Most that files there may take, like 50GiB."),
+    _option(
+        SERVER, "--jobs-quota", "Uploads are refused once files there take this much, like 50GiB."
+    ),
 ]
 DrainTimeout = Annotated[
     float,

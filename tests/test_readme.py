@@ -17,9 +17,11 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from server.settings import ServerSettings
+from tests.batch.jobs import jsonl, line, wait_for
 from tests.engine.running import config, engine
 from tests.models import write_tiny_llama
 from tests.server.conftest import LiveServer
+from tests.server.fake_engine import FakeEngine
 from tests.test_cli import wait_for_url
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +82,42 @@ def serves(command: str) -> None:
         process.wait()
 
 
+def serves_jobs(command: str) -> None:
+    with TemporaryDirectory() as folder:
+        there = command.replace("--jobs-dir jobs", f"--jobs-dir {folder}/jobs")
+        assert there != command
+        serves(there)
+        assert (Path(folder) / "jobs" / "jobs.sqlite").exists()
+
+
+def requests_in(folder: str) -> Path:
+    path = Path(folder) / "requests.jsonl"
+    body = {"model": "smollm2", "prompt": "The capital of France is", "max_tokens": 4}
+    path.write_bytes(jsonl([line("only", body | {"temperature": 0})]))
+    return path
+
+
+def runs_a_file(command: str) -> None:
+    with TemporaryDirectory() as folder:
+        there = command.replace("requests.jsonl", str(requests_in(folder)))
+        answers = Path(folder) / "answers.jsonl"
+        run(there.replace("answers.jsonl", str(answers)))
+        assert '" Paris' in answers.read_text()
+
+
+def submits(command: str) -> None:
+    fake = FakeEngine()
+    with TemporaryDirectory() as folder:
+        settings = ServerSettings(served_model_names=("smollm2",), jobs_dir=Path(folder) / "jobs")
+        there = command.replace("requests.jsonl", str(requests_in(folder)))
+        with LiveServer(fake, settings) as live:
+            answer = run(there, env=os.environ | {"SL_SERVE_URL": live.url})
+            assert answer.stdout.startswith("batch_")
+            service = live.app.state.context.batch_service()
+            wait_for(lambda: service.batches.get(answer.stdout.strip()).status == "completed")
+    fake.close()
+
+
 def chats(command: str) -> None:
     """With a model that the server has, one question and goodbye."""
     names = ServerSettings(served_model_names=("tiny",))
@@ -111,6 +149,10 @@ HOW: dict[str, Callable[[str], None]] = {
     '.venv/bin/sl-serve generate smollm2 --prompt "The capital of France is" '
     "--max-tokens 8 --json": prints(r'"text": " Paris'),
     ".venv/bin/sl-serve pull smollm2": prints(r"\.gguf\n"),
+    ".venv/bin/sl-serve run-batch smollm2 --input requests.jsonl "
+    "--output answers.jsonl": runs_a_file,
+    ".venv/bin/sl-serve serve smollm2 --jobs-dir jobs": serves_jobs,
+    ".venv/bin/sl-serve batches submit requests.jsonl": submits,
     ".venv/bin/sl-serve serve --help": prints("SL_SERVE_PORT"),
     ".venv/bin/sl-serve plan opt-30b --load-format dummy --profile t4 --prompt 512 "
     "--gen 32": prints("link down binds"),

@@ -133,8 +133,9 @@ class Clerk:
         self._fill_in(batch)
         expires_s = batch.output_expires_s or DEFAULT_EXPIRY_S
         with ExitStack() as stack:
-            output = stack.enter_context(self._files.begin())
-            error = stack.enter_context(self._files.begin())
+            # The quota is for what comes in: a job that has run is to end.
+            output = stack.enter_context(self._files.begin(within_quota=False))
+            error = stack.enter_context(self._files.begin(within_quota=False))
             names = [self._write(batch, output, True), self._write(batch, error, False)]
             kinds = ((output, "output"), (error, "error"))
             with self._database.transaction() as tx:

@@ -47,9 +47,11 @@ class FileStore:
         self._clock = clock
         self._quota_bytes = quota_bytes
 
-    def begin(self, max_bytes: int | None = None) -> Upload:
+    def begin(self, max_bytes: int | None = None, within_quota: bool = True) -> Upload:
         """A new file, to be written and then kept."""
-        room = None if self._quota_bytes is None else self._quota_bytes - self._used_bytes()
+        room = None
+        if within_quota and self._quota_bytes is not None:
+            room = self._quota_bytes - self._used_bytes()
         with storage_errors():
             path = self._folder / (secrets.token_hex(16) + PARTIAL)
             return Upload(path, max_bytes, room)

@@ -33,7 +33,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 N_WORKERS = 2  # a slow disk holds up these, and no chat
-CLOSE_S = 5.0  # beyond the feeder's own time to wind down
+CLOSE_S = 5.0  # for the last commit, once the engine has let go of the lines
 
 
 class BatchService:
@@ -61,7 +61,6 @@ class BatchService:
         metrics = BatchMetrics(context.metrics.registry)
         translator = Translator(context)
         self._clerk_news = threading.Event()
-        self._wind_down_s = context.settings.drain_timeout_s
         self._feeder = Feeder(
             context.engine,
             translator,
@@ -69,7 +68,7 @@ class BatchService:
             self.lines,
             self._pace,
             metrics,
-            self._wind_down_s,
+            context.settings.drain_timeout_s,
             on_turn=self._clerk_news.set,
         )
         self._clerk = Clerk(
@@ -138,9 +137,10 @@ class BatchService:
         self._feeder.stop()
 
     def close(self) -> None:
-        """`pause`, and waits for it. Idempotent."""
+        """`pause`, and waits a little for it: where steps are long, drain the engine in between.
+        What is cut off here is done again by the next owner. Idempotent."""
         self.pause()
-        self._feeder.join(self._wind_down_s + CLOSE_S)
+        self._feeder.join(CLOSE_S)
         self._clerk.join(CLOSE_S)
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._database.close()

@@ -1,4 +1,7 @@
-"""Serves the fake engine with files and batches: python -m tests.batch.serve_fake FOLDER."""
+"""Serves the fake engine with files and batches.
+
+python -m tests.batch.serve_fake FOLDER [STEP_S]
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,14 @@ from tests.server.fake_engine import FakeEngine
 
 def main() -> int:
     forgetful: deque[Request] = deque(maxlen=1)  # a large job's requests are not to be kept
-    engine = FakeEngine(max_rows=64, max_model_len=100_000, submitted=forgetful)  # type: ignore[arg-type]
-    folder = Path(sys.argv[1])
-    settings = ServerSettings(served_model_names=("toy",), port=0, jobs_dir=folder)
+    folder, *step = sys.argv[1:]
+    engine = FakeEngine(
+        max_rows=64,
+        max_model_len=100_000,
+        step_s=float(step[0]) if step else 0.0,
+        submitted=forgetful,  # type: ignore[arg-type]
+    )
+    settings = ServerSettings(served_model_names=("toy",), port=0, jobs_dir=Path(folder))
     return serve(engine, settings, on_ready=lambda url: print(url, flush=True))
 
 

@@ -151,7 +151,7 @@ def test_finalizing_is_done_again_from_its_beginning(engine: FakeEngine, tmp_pat
     with Jobs(engine, tmp_path) as jobs:
         ended = jobs.reach(batch, "completed")
         assert list(jobs.read(ended.output_file_id)) == ["a", "b"]
-        assert len(list((tmp_path / "files").iterdir())) == 2  # input and output
+        wait_for(lambda: len(list((tmp_path / "files").iterdir())) == 2)  # input and output
 
 
 def test_checking_is_done_again_from_its_beginning(engine: FakeEngine, tmp_path: Path) -> None:

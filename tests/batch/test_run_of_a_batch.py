@@ -10,6 +10,7 @@ import pytest
 
 from server.batch.batches import BatchConflictError
 from server.batch.feeder import ROWS_IN_FLIGHT
+from server.batch.lines import LineResult
 from server.batch.translate import line_seed
 from sl_serve.core import BACKGROUND_PRIORITY
 from sl_serve.errors import RequestError
@@ -253,3 +254,12 @@ def test_results_are_there_while_the_batch_runs(jobs: Jobs) -> None:
     assert {json.loads(row["body"])["custom_id"] for row in rows} == {"a", "b"}
     assert jobs.service.lines.results_after(batch, rows[-1]["seq"]) == []
     jobs.service.cancel(batch.id)
+
+
+def test_the_first_result_of_a_line_stands(jobs: Jobs) -> None:
+    batch = jobs.reach(jobs.create(jsonl([line("a"), line("b")])), "completed")
+    (row, _) = jobs.service.lines.results_after(batch, 0)
+    late = LineResult(batch.seq, 1, False, b'{"late": true}\n', 5, 5)
+    jobs.service.lines.turn([late, late], (), (), {})
+    assert jobs.service.lines.results_after(batch, 0)[0]["body"] == row["body"]
+    assert jobs.get(batch) == batch

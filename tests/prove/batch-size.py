@@ -70,7 +70,10 @@ def main() -> int:
     command = [sys.executable, "-m", "tests.batch.serve_fake"]
     with (
         tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen([*command, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server,
+        (Path(folder) / "log").open("w") as log,
+        subprocess.Popen(
+            [*command, f"{folder}/jobs"], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as server,
     ):
         try:
             assert server.stdout is not None
