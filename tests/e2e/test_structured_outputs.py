@@ -41,7 +41,7 @@ NO_BLANKS = {
 @pytest.fixture(scope="module")
 def live(tiny: tuple[Path, LlamaForCausalLM]) -> Iterator[tuple[LiveServer, Engine]]:
     settings = replace(SETTINGS, tool_parser="hermes")
-    plan = config(max_rows=8, n_sub_batches=2, prefill_chunk_tokens=64)
+    plan = replace(config(max_rows=8, n_sub_batches=2, prefill_chunk_tokens=64), n_threads=1)
     with engine(tiny[0], plan) as running, LiveServer(running, settings) as server:
         yield server, running
 
@@ -69,7 +69,7 @@ def test_the_packages_parse_helper(sdk: openai.OpenAI) -> None:
         model="tiny",
         messages=HI,
         response_format=Bike,
-        n=4,
+        n=3,
         seed=1,
         max_tokens=180,
         logit_bias=NO_BLANKS,
