@@ -147,4 +147,5 @@ def test_the_openai_blocks(
         client = scope["client"]
         assert isinstance(client, openai.OpenAI)
         client.close()
-    assert capsys.readouterr().out.strip().splitlines()[-1] in ("complaint", "question", "praise")
+    said = set(capsys.readouterr().out.splitlines())
+    assert len(said & {"complaint", "question", "praise"}) == 1
