@@ -44,7 +44,8 @@ class Work:
     tools: ToolUse | None = None
 
     def constraint(self) -> Constraint | None:
-        """For one choice; a choice each. Compiles where nobody has done so before."""
+        """For the request of one choice; every choice needs its own. Compiles, and raises
+        RequestError, where nobody has done so before."""
         return None if self.grammar is None else self.grammar.grammar().start()
 
     @property

@@ -176,15 +176,18 @@ def test_the_offline_block() -> None:
     assert len(answer.stdout.split()) > 5
 
 
-def test_the_openai_block(
+def test_the_openai_blocks(
     tiny: tuple[Path, LlamaForCausalLM], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (block,) = [b for b in blocks("python") if "openai" in b]
+    first, second = [b for b in blocks("python") if "client" in b]
     names = ServerSettings(served_model_names=("smollm2",))
     with engine(tiny[0], config(max_rows=4)) as running, LiveServer(running, names) as live:
         scope: dict[str, object] = {}
-        exec(block.replace("http://127.0.0.1:8000", live.url), scope)
+        exec(first.replace("http://127.0.0.1:8000", live.url), scope)
+        assert capsys.readouterr().out.strip()
+        exec(second, scope)
         client = scope["client"]
         assert isinstance(client, openai.OpenAI)
         client.close()
-    assert capsys.readouterr().out.strip()
+    said = set(capsys.readouterr().out.splitlines())
+    assert len(said & {"complaint", "question", "praise"}) == 1

@@ -42,11 +42,13 @@ class CompilerProcess:
         with theirs:
             arguments = [str(theirs.fileno()), str(max_compile_s)]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sl_serve.grammar.worker", *arguments],
+                # -P: nothing is imported from wherever the server was started
+                [sys.executable, "-P", "-m", "sl_serve.grammar.worker", *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for the server
             )
         self._connection = Connection(ours.detach())
         if self._exchange(vocabulary.dump(), START_TIMEOUT_S) is None:

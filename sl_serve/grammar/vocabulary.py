@@ -16,13 +16,14 @@ class TokenSource(Protocol):
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
+    def token_bytes(self, token_id: int) -> bytes: ...
     def shown_bytes(self, token_id: int) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """`tokens`: the text of every id that logits have; empty for special tokens and for ids that
-    the tokenizer does not know, which no grammar allows."""
+    """`tokens`: the text of every id that logits have; of special tokens, `special_text`. Empty for
+    ends and for ids that the tokenizer does not know: these are never allowed as text."""
 
     tokens: Sequence[bytes]
     eos_token_ids: tuple[int, ...]
@@ -46,15 +47,25 @@ class Vocabulary:
         return Vocabulary([text.encode("latin-1") for text in texts], tuple(eos_token_ids))
 
 
-def packed(ids: Sequence[int], n_words: int) -> PackedMask:
-    bits = np.zeros(32 * n_words, np.uint8)
-    bits[list(ids)] = 1
-    return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
-
-
 def vocabulary_of(tokenizer: TokenSource, vocab_size: int) -> Vocabulary:
-    tokens = [tokenizer.shown_bytes(i) for i in range(vocab_size)]
+    tokens = [_text_of(tokenizer, i) for i in range(vocab_size)]
     eos = tuple(i for i in tokenizer.eos_token_ids if i < vocab_size)
     for i in eos:
         tokens[i] = b""  # an end has no text, even where the tokenizer does not mark it as special
     return Vocabulary(tokens, eos)
+
+
+def special_text(text: bytes) -> bytes:
+    """The compiler knows a token without text by no number either. So that a form may name special
+    tokens, they have a text, which is part of no text in UTF-8: nothing else in a form matches."""
+    return b"\xff" + text if text else b""
+
+
+def _text_of(tokenizer: TokenSource, token_id: int) -> bytes:
+    return tokenizer.shown_bytes(token_id) or special_text(tokenizer.token_bytes(token_id))
+
+
+def packed(ids: Sequence[int], n_words: int) -> PackedMask:
+    bits = np.zeros(32 * n_words, np.uint8)
+    bits[list(ids)] = 1
+    return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)

@@ -18,6 +18,7 @@ from sl_serve.tools.parser import ToolParser
 ToolParserName = Literal["auto", "hermes", "llama3", "mistral", "none"]
 Schema = Mapping[str, Any]
 ALONE = {"$ref", "anyOf", "oneOf", "allOf"}  # says all that is said of the arguments
+NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
 
 
 class MarkTokens(Protocol):
@@ -70,6 +71,7 @@ class ToolFormat:
 
     def _call(self, name: str, schema: Schema, param: str) -> forms.Form:
         begin = f'{self.before}{name}", "{self.key}": '
+        schema = schema or NO_PARAMETERS
         arguments = dict(schema) if ALONE & schema.keys() else {"type": "object", **schema}
         return forms.tag(begin, forms.json_schema(arguments, param), self.after)
 

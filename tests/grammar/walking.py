@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from sl_serve.constraints import Constraint, allowed_ids
-from sl_serve.grammar.vocabulary import Vocabulary
+from sl_serve.grammar.vocabulary import Vocabulary, special_text
 
 END = 256
 # Bytes, the end, and tokens that cross the borders of what grammars speak of.
@@ -23,7 +23,10 @@ WORDS = [
     b"-1",
     b"]}",
 ]
-VOCABULARY = Vocabulary([bytes([i]) for i in range(256)] + [b"", *WORDS], (END,))
+VOCABULARY = Vocabulary(
+    [bytes([i]) for i in range(256)] + [b"", *WORDS, special_text(b"[TOOL_CALLS]")], (END,)
+)
+MARK = len(VOCABULARY.tokens) - 1  # a special token
 
 
 def next_ids(constraint: Constraint) -> list[int]:

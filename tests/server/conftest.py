@@ -13,7 +13,9 @@ from fastapi import FastAPI
 from server.app import create_app
 from server.run import DrainingServer, bind, build_server
 from server.settings import ServerSettings
-from tests.server.fake_engine import FakeEngine
+from sl_serve.grammar.compiler import Grammars
+from sl_serve.grammar.vocabulary import vocabulary_of
+from tests.server.fake_engine import VOCAB, FakeEngine, ToyTokenizer
 
 MODEL = "toy/one"
 SETTINGS = ServerSettings(served_model_names=(MODEL, "alias"))
@@ -55,11 +57,33 @@ def client(make_client: MakeClient) -> httpx.AsyncClient:
     return make_client()
 
 
+class LastingGrammars(Grammars):
+    """For many apps, none of which ends its process."""
+
+    def close(self) -> None:
+        pass
+
+    def end(self) -> None:
+        super().close()
+
+
+@pytest.fixture(scope="session")
+def toy_grammars() -> Iterator[Grammars]:
+    """For the toy tokenizer; its first grammar starts a process, which takes seconds."""
+    grammars = LastingGrammars(lambda: vocabulary_of(ToyTokenizer(), VOCAB))
+    yield grammars
+    grammars.end()
+
+
 class LiveServer:
     """A real server on a port of the system's choice, on a thread of its own."""
 
-    def __init__(self, engine: FakeEngine, settings: ServerSettings) -> None:
+    def __init__(
+        self, engine: FakeEngine, settings: ServerSettings, grammars: Grammars | None = None
+    ) -> None:
         self.app = create_app(engine, settings)
+        if grammars is not None:
+            self.app.state.context.grammars = grammars
         self._ready = threading.Event()
         self.listener = bind("127.0.0.1", 0)
         self.port: int = self.listener.getsockname()[1]

@@ -13,6 +13,7 @@ import pytest
 
 from server.app import create_app
 from server.context import ServerContext
+from sl_serve.grammar.compiler import Grammars
 from tests.server.conftest import SETTINGS
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_completions import events
@@ -29,10 +30,10 @@ NAMED = {"name": "city", "schema": SCHEMA, "strict": True}
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[tuple[FakeEngine, Any]]:
-    """One app for all tests, because its first grammar starts a process."""
+def shared(toy_grammars: Grammars) -> Iterator[tuple[FakeEngine, Any]]:
     engine = FakeEngine()
     app = create_app(engine, SETTINGS)
+    app.state.context.grammars = toy_grammars
     yield engine, app
     app.state.context.close()
     engine.close()
