@@ -25,7 +25,7 @@ from server.generation import generate
 from server.health import health_routes
 from server.limits import BodyLimit
 from server.models_route import model_routes
-from server.openapi import DescribedApp, takes
+from server.openapi import DescribedApp, answers_also, takes
 from server.schemas import ChatBody, CompletionBody
 from server.settings import ServerSettings
 from server.tokens import token_routes
@@ -97,11 +97,13 @@ def _generation_routes(context: ServerContext) -> APIRouter:
     router = APIRouter(prefix="/v1")
     completions_dialect, chat_dialect = Completions(context), ChatCompletions(context)
 
-    @router.post("/completions", openapi_extra=takes(CompletionBody))
+    streams = answers_also("text/event-stream")
+
+    @router.post("/completions", openapi_extra=takes(CompletionBody), responses=streams)
     async def completions(request: Request) -> Response:
         return await generate(context, completions_dialect, request)
 
-    @router.post("/chat/completions", openapi_extra=takes(ChatBody))
+    @router.post("/chat/completions", openapi_extra=takes(ChatBody), responses=streams)
     async def chat_completions(request: Request) -> Response:
         return await generate(context, chat_dialect, request)
 

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from server.context import ServerContext
 from server.errors import ApiError, JsonResponse, retry_after
+from server.openapi import answers_also
 from server.watchdog import Progress, progress
 from sl_serve import __version__
 from sl_serve.stats import EngineSnapshot, EngineState
@@ -42,7 +43,7 @@ def health_routes(context: ServerContext) -> APIRouter:
             raise _unavailable("draining", "The server is draining and takes no new requests.")
         return await health()
 
-    @router.get("/metrics")
+    @router.get("/metrics", responses=answers_also("text/plain"))
     async def metrics() -> Response:
         return Response(context.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

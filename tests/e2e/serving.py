@@ -30,11 +30,16 @@ def serving(
         yield live, running
 
 
-@contextmanager
-def tiny_folder() -> Iterator[Path]:
-    """For proofs, which have no fixtures; their server says nothing that is not serious."""
+def quiet() -> None:
+    """For proofs: their server says nothing that is not serious."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     logging.disable(logging.ERROR)
+
+
+@contextmanager
+def tiny_folder() -> Iterator[Path]:
+    """For proofs, which have no fixtures."""
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_llama(Path(folder))
         yield Path(folder)

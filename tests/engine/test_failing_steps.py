@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,11 @@ from sl_serve.core import FinishReason, Request, SamplingParams, StepPlan
 from sl_serve.device import SimDevice
 from sl_serve.device.out_of_memory import is_out_of_memory
 from sl_serve.kv.formats import KV_FORMATS
+from sl_serve.kv.host_attention import HostAttention
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.pool import Slab
+from sl_serve.kv.resident import TieredKV
+from sl_serve.kv.windows import WindowedKV
 from sl_serve.loader import Parts
 from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.memory import MemoryPlan
@@ -29,6 +33,7 @@ from sl_serve.sched.packer import pack
 from sl_serve.sched.residents import Residents
 from sl_serve.sched.step_limit import GOOD_STEPS, StepLimit
 from sl_serve.stats import EngineState
+from sl_serve.weights import head
 from tests.engine.running import (
     GREEDY,
     Answers,
@@ -79,6 +84,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return replace(plan_memory(*args), **machine.planned)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loader, "plan_memory", plan)
+    monkeypatch.setattr(head, "PIECE_BYTES", 8192)  # a few of them
     return machine
 
 
@@ -149,9 +155,13 @@ class Chaos:
             (sweep.attention, "finish"),
             (sweep.weights, "buffer"),
             (sweep, "_embed"),
-            (parts.head, "logits"),
+            (sweep.ops, "logits"),
             (parts.head, "_sample"),
         ]
+        kv = getattr(sweep.attention, "_kv", None)
+        windows = kv._windows if isinstance(kv, TieredKV) else kv
+        if isinstance(windows, WindowedKV):
+            points.append((windows._host, "scatter"))
         self.shortages = [Shortage(owner, name, self._lacks) for owner, name in points]
 
     def _watch_size(self, parts: Parts) -> None:
@@ -351,3 +361,45 @@ def test_the_packer_keeps_the_limit_and_prefers_the_oldest(max_tokens: int) -> N
             expected[request_id] = min(n, room)
             room -= min(n, room)
     assert works == expected
+
+
+@pytest.mark.parametrize("attention", ["device", "host"])
+def test_nothing_of_a_failed_step_is_under_way(
+    folder: Path, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the layers begin anew: no copy, no cell beside the device, and one time on all streams,
+    which orders what comes after everything before."""
+    device, checked = SimDevice(), []
+    attend = HostAttention._attend
+
+    def slowly(self: HostAttention, *args: object) -> None:
+        time.sleep(0.02)
+        attend(self, *args)  # type: ignore[arg-type]
+
+    def install(parts: Parts) -> None:
+        jobs: list[object] = []
+        Shortage(parts.sweep.attention, "start", lambda cell, q, *_: cell == 3 and len(q) > 2)
+        begin_anew, finish = parts.sweep.weights.restart, parts.sweep.attention.restart
+
+        def remember() -> None:
+            jobs[:] = [job.done for job in getattr(parts.sweep.attention, "_jobs", {}).values()]
+            finish()
+
+        def check() -> None:
+            queues = device._queues.values()
+            assert not any(q.pending for q in queues)
+            assert len({q.time_s for q in queues}) == 1
+            assert all(job.done() for job in jobs)  # type: ignore[attr-defined]
+            checked.append(len(jobs))
+            begin_anew()
+
+        parts.sweep.attention.restart = remember  # type: ignore[method-assign]
+        parts.sweep.weights.restart = check  # type: ignore[method-assign]
+
+    monkeypatch.setattr(HostAttention, "_attend", slowly)
+    settings = settings_of(Machine(True, changes={"attention": attention}))
+    with engine(folder, settings, device, install) as running:
+        run(running, PROMPTS, replace(GREEDY, max_tokens=3))
+        assert running.snapshot().state is EngineState.RUNNING
+    assert checked
+    assert attention == "device" or any(checked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,11 @@ METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 def routed_paths(app: FastAPI) -> set[str]:
     """Every path of every route, with its parameters filled in."""
     paths = {context.path for route in app.routes for context in route_contexts(route)}
-    return {filled_in(path.replace("{model_id:path}", "{model_id}")) for path in paths}
+    return {filled_in(path) for path in paths}
 
 
 def filled_in(path: str) -> str:
-    return re.sub(r"\{(file|batch)_id\}", r"\1-one", path.replace("{model_id}", "toy/one"))
+    return re.sub(r"\{[^}]*\}", "toy/one", path)
 
 
 def route_contexts(route: Any) -> Iterator[Any]:
@@ -136,11 +137,50 @@ async def test_refusal_has_the_error_shape(make_client: MakeClient) -> None:
     assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
 
 
-@pytest.mark.parametrize("host", ["localhost", "evil.example", "localhost/live", "x?/live"])
-async def test_host_header_changes_nothing(make_client: MakeClient, host: str) -> None:
-    client = make_client(api_keys=KEYS)
-    response = await client.get("/v1/models", headers={"host": host})
-    assert response.status_code == 401
+@pytest.mark.parametrize(
+    "host",
+    [b"localhost", b"evil.example", b"localhost/live", b"x?/live", b"x/live#", b"", b"/live"],
+)
+async def test_host_header_changes_nothing(locked: FastAPI, host: bytes) -> None:
+    headers = ((b"host", host), (b"x-forwarded-host", host), (b"x-original-url", b"/live"))
+    for path in routed_paths(locked) - PUBLIC_PATHS:
+        for method in METHODS:
+            assert await raw_status(locked, method, path, headers) == 401, (method, path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET http://localhost/v1/models HTTP/1.1",
+        b"GET http://localhost/live/../v1/models HTTP/1.1",
+        b"GET //localhost/live/../v1/models HTTP/1.1",
+        b"GET /live/%2e%2e/v1/models HTTP/1.1",
+        b"GET /live/..;/v1/models HTTP/1.1",
+        b"GET /v1/models?path=/live HTTP/1.1",
+        b"GET /v1/models#/live HTTP/1.1",
+        b"GET \\live HTTP/1.1",
+        b"GET /live%00 HTTP/1.1",
+        b"GET /v1/models HTTP/1.0",
+        b"get /v1/models HTTP/1.1",
+        b"OPTIONS * HTTP/1.1",
+        b"CONNECT localhost:80 HTTP/1.1",
+        b"TRACE /v1/models HTTP/1.1",
+        b"POST /v1/completions HTTP/1.1\r\nX-HTTP-Method-Override: GET",
+        b"GET /v1/models HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket",
+        b"GET /v1/models HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c",
+    ],
+)
+def test_request_lines_as_they_are_on_the_wire(start_live: Any, line: bytes) -> None:
+    """Through the parser too: no spelling is answered without a key."""
+    with (
+        start_live(api_keys=KEYS) as live,
+        socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection,
+    ):
+        connection.sendall(line + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        said = connection.recv(65536)
+    status = int(said.split()[1])
+    assert status in (400, 401), said[:200]
+    assert b"toy/one" not in said
 
 
 @pytest.mark.parametrize(
