@@ -210,7 +210,8 @@ class Engine:
         sweep = self._parts.sweep
         started_s = time.monotonic()
         before = sweep.bytes_moved
-        if not self._computed(plan):
+        results = self._computed(plan)
+        if results is None:
             return
         wall_s = time.monotonic() - started_s
         stats = step_stats(plan, wall_s, before, sweep.bytes_moved, sweep.device.stall_s())
@@ -218,31 +219,35 @@ class Engine:
         self._totals.add(stats, n_generated)
         for observer in self._observers:
             observer(stats)
+        for result in results:  # last: whoever has an answer finds all its steps counted
+            self._deliver(result)
 
-    def _computed(self, plan: StepPlan) -> bool:
-        """False where the step failed and the engine goes on: `n_cached` has moved only for rows
-        that were delivered, so the next turn packs the others again, and their K and V are written
-        again. A failure that may have spoiled more than the step is raised."""
+    def _computed(self, plan: StepPlan) -> list[RowResult] | None:
+        """None where the step failed and the engine goes on: `n_cached` has moved for no row, so the
+        next turn packs them again, and their K and V are written again. A failure that may have
+        spoiled more than the step is raised."""
         try:
             hidden = self._parts.sweep.run(plan, self._parts.residents.slabs)
-            for sub_batch, states in zip(plan.sub_batches, hidden, strict=True):
-                for result in self._parts.head.results(sub_batch, states):
-                    self._deliver(result)
+            results = [
+                result
+                for sub_batch, states in zip(plan.sub_batches, hidden, strict=True)
+                for result in self._parts.head.results(sub_batch, states)
+            ]
             self._limit.passed()
-            return True
+            return results
         except FailedRowsError as error:
             for request in error.requests:
                 logger.error("request %s: %s", request.request_id, error)
                 self._finish(request, FinishReason.ERROR, str(error))
             self._parts.sweep.restart()  # hidden states that nobody took may be on their way
-            return False
+            return None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {error}"
         # Not in the handler: while an exception lives, so do the tensors of its frames.
         self._shrink(plan, reason)
-        return False
+        return None
 
     def _shrink(self, plan: StepPlan, reason: str) -> None:
         """Memory ran short in the step: smaller ones from here on, down to one token; where that

@@ -25,6 +25,7 @@ class RunningLine:
         engine: EnginePort,
         on_end: Callable[[RunningLine], None],
     ) -> None:
+        """Compiles the line's form where nobody has yet; raises RequestError if it cannot be."""
         self.claim = claim
         self.batch = batch
         self.work = work
@@ -42,6 +43,7 @@ class RunningLine:
                 sampling,
                 partial(self._receive, i),
                 BACKGROUND_PRIORITY,
+                constraint=work.constraint(),
             )
             for i, (prompt, sampling) in enumerate(work.choices)
         ]

@@ -1,4 +1,4 @@
-"""One pass over an input file: every line is parsed, translated and measured; none is kept."""
+"""One pass over an input file: every line is parsed, translated and measured, its form compiled; none is kept."""
 
 from __future__ import annotations
 
@@ -109,6 +109,8 @@ class FileCheck:
         """Prompt tokens of a body that could be run as it is."""
         try:
             work = self._translator.work(self._endpoint, body, line_seed(0, custom_id))
+            if work.grammar is not None:
+                work.grammar.grammar()  # compiled: a form that cannot be is found here
         except (RequestError, ApiError) as error:
             code, param = error.code or "invalid_body", error.param
             raise LineError(code, str(error), f"body.{param}" if param else "body") from None

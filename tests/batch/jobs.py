@@ -43,14 +43,14 @@ class Jobs:
     def __init__(self, engine: FakeEngine, folder: Path, clock: Clock | None = None) -> None:
         self.engine = engine
         self.folder = folder
-        self._context = ServerContext(engine, SETTINGS)
-        self.service = self._context.batches = BatchService(self._context, folder, clock=clock)
+        self.context = ServerContext(engine, SETTINGS)
+        self.service = self.context.batches = BatchService(self.context, folder, clock=clock)
 
     def __enter__(self) -> Jobs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._context.close()
+        self.context.close()
 
     def upload(self, data: bytes) -> FileRecord:
         with self.service.files.begin() as upload:

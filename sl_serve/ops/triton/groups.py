@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sl_serve.ops.triton.blocks import _byte, _signed_byte
+from sl_serve.ops.triton.blocks import _byte, _half, _signed_byte
 from sl_serve.weights.groups import GROUP_FORMATS
 
 
@@ -47,6 +47,11 @@ def _int4_sym(block, i):
 
 
 @triton.jit
+def _int4_min(block, i):
+    return _half(block, 0) * _four_bits(block, i).to(tl.float32) + _half(block, 2)
+
+
+@triton.jit
 def _int8(block, i):
     return _scaled_from_zero(block, _signed_byte(block, 4 + i))
 
@@ -71,8 +76,9 @@ def _fp8(block, i):
 KINDS = {
     "int4": _int4,
     "int4_sym": _int4_sym,
+    "int4_min": _int4_min,
     "int8": _int8,
     "int8_sym": _int8_sym,
     "fp8": _fp8,
 }
-GROUP_DECODERS = {g.format.name: KINDS[g.kind] for g in GROUP_FORMATS.values() if g.kind in KINDS}
+GROUP_DECODERS = {g.format.name: KINDS[g.kind] for g in GROUP_FORMATS.values()}
