@@ -8,6 +8,7 @@ import pytest
 from server.settings import ServerSettings
 from tests.batch.jobs import Jobs
 from tests.server.conftest import LiveServer
+from tests.server.conftest import toy_grammars as toy_grammars
 from tests.server.fake_engine import FakeEngine
 
 

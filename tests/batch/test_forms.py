@@ -14,24 +14,16 @@ def asked(**form: Any) -> dict[str, Any]:
     return {"model": "toy", "prompt": "p", "max_tokens": 300} | form
 
 
-@pytest.fixture(scope="module")
-def grammars() -> Iterator[Grammars]:
-    tokenizer = ToyTokenizer()
-    grammars = Grammars(lambda: vocabulary_of(tokenizer, VOCAB_SIZE))
-    yield grammars
-    grammars.close()
-
-
 def jobs_with(grammars: Grammars, engine: FakeEngine, folder: Path) -> Jobs:
     jobs = Jobs(engine, folder)
     jobs.context.grammars = grammars
     return jobs
 
 
-def test_a_form_is_followed(grammars: Grammars, engine: FakeEngine, tmp_path: Path) -> None:
+def test_a_form_is_followed(toy_grammars: Grammars, engine: FakeEngine, tmp_path: Path) -> None:
     choices = ["red", "green", "blue"]
     bodies = {f"line-{i}": asked(structured_outputs={"choice": choices}, n=2) for i in range(4)}
-    with jobs_with(grammars, engine, tmp_path) as jobs:
+    with jobs_with(toy_grammars, engine, tmp_path) as jobs:
         ended = jobs.reach(jobs.create(jsonl(line(k, b) for k, b in bodies.items())), "completed")
         answers = jobs.read(ended.output_file_id)
     assert answers.keys() == bodies.keys()
@@ -41,10 +33,10 @@ def test_a_form_is_followed(grammars: Grammars, engine: FakeEngine, tmp_path: Pa
 
 
 def test_a_form_that_cannot_be_is_found_with_its_line(
-    grammars: Grammars, engine: FakeEngine, tmp_path: Path
+    toy_grammars: Grammars, engine: FakeEngine, tmp_path: Path
 ) -> None:
     wrong = line("second", asked(structured_outputs={"regex": "(unclosed"}))
-    with jobs_with(grammars, engine, tmp_path) as jobs:
+    with jobs_with(toy_grammars, engine, tmp_path) as jobs:
         failed = jobs.reach(jobs.create(jsonl([line("first"), wrong])), "failed")
         (complaint,) = jobs.complaints(failed)
     assert complaint["line"] == 2
