@@ -333,6 +333,18 @@ async def test_huge_numbers_of_things_are_refused_quickly(
     assert engine.submitted == []
 
 
+async def test_too_many_choices_are_refused_before_anything_is_made_of_them(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> list[int]:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(engine.tokenizer, "encode", never)
+    for wrong in ({"prompt": ["a"] * 9, "n": 128}, {"prompt": "a", "n": 10**9}):
+        error = assert_error(await client.post(PATHS[0], json=GOOD[PATHS[0]] | wrong), 400)
+        assert error["param"] == "n"
+
+
 async def test_queue_full_is_429_with_retry_after(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
