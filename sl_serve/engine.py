@@ -223,9 +223,9 @@ class Engine:
             self._deliver(result)
 
     def _computed(self, plan: StepPlan) -> list[RowResult] | None:
-        """None where the step failed and the engine goes on: `n_cached` has moved for no row, so the
-        next turn packs them again, and their K and V are written again. A failure that may have
-        spoiled more than the step is raised."""
+        """None where the step failed and the engine goes on: `n_cached` has moved for no row, so
+        the next turn packs them again, and their K and V are written again. A failure that may
+        have spoiled more than the step is raised."""
         try:
             hidden = self._parts.sweep.run(plan, self._parts.residents.slabs)
             results = [

@@ -171,7 +171,8 @@ def seconds_to_feed(n_tokens: int, stops: tuple[str, ...]) -> float:
 
 @pytest.mark.parametrize("stops", [(), ("a" * 5000 + "b",)], ids=["none", "almost always matching"])
 def test_cost_per_token_does_not_grow(stops: tuple[str, ...]) -> None:
-    """Of the thread alone, best of three, and a wide margin: a quadratic cost would make the last 16 times the first."""
+    """Processor time, best of three, and a wide margin: a quadratic cost would make the last 16
+    times the first."""
     times = [min(seconds_to_feed(n, stops) for _ in range(3)) for n in (5_000, 20_000, 80_000)]
     assert all(later < 10 * earlier for earlier, later in pairwise(times))
     if not stops:

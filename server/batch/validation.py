@@ -1,4 +1,5 @@
-"""One pass over an input file: every line is parsed, translated and measured, its form compiled; none is kept."""
+"""One pass over an input file: every line is parsed, translated and measured, its form compiled;
+none is kept."""
 
 from __future__ import annotations
 

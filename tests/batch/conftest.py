@@ -7,9 +7,10 @@ import pytest
 
 from server.settings import ServerSettings
 from tests.batch.jobs import Jobs
-from tests.server.conftest import LiveServer
-from tests.server.conftest import toy_grammars as toy_grammars
+from tests.server.conftest import LiveServer, toy_grammars
 from tests.server.fake_engine import FakeEngine
+
+__all__ = ["toy_grammars"]
 
 
 @pytest.fixture

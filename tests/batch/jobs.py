@@ -32,7 +32,7 @@ def jsonl(entries: Iterable[Any]) -> bytes:
     return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     limit_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < limit_s, "it never came true"
