@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bench import attention, decode, disk, gpu, quality
+from bench import attention, batch, decode, disk, gpu, quality
 from bench.cases import CASES, find_case
 from bench.errors import BenchError
 from bench.machine import about_now
@@ -119,6 +119,8 @@ def worker(
 
 
 app.command("attention")(attention.run)
+app.command("batch")(batch.run)
+app.command("batch-worker", hidden=True)(batch.worker)
 app.command("decode")(decode.run)
 app.command("decode-worker", hidden=True)(decode.worker)
 app.command("gpu")(gpu.run)

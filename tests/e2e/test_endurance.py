@@ -26,7 +26,7 @@ def folder(tiny: tuple[Path, LlamaForCausalLM]) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[httpx.Client]:
-    with serving(folder) as (live, _), httpx.Client(base_url=live.url, timeout=30) as client:
+    with serving(folder) as (live, _), httpx.Client(base_url=live.url, timeout=120) as client:
         yield client
 
 

@@ -24,7 +24,7 @@ from sl_serve.engine import Engine
 from sl_serve.grammar.vocabulary import special_text, vocabulary_of
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.checkpoint import open_checkpoint
-from tests.e2e.test_real_engine import SETTINGS
+from tests.e2e.serving import SETTINGS
 from tests.engine.running import config, engine
 from tests.server.conftest import LiveServer
 
