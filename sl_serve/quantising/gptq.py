@@ -57,7 +57,8 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
         return None
     upper = lower.flip(0, 1)
     del lower
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
+    factor: torch.Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
+    return factor
 
 
 def _round_in_turn(

@@ -95,7 +95,7 @@ class CalibratedLayers:
             assert isinstance(w, torch.Tensor)
             packed = groups.pack(self._rounded(layer, views, w, groups))
             w.t().copy_(groups.format.widen(packed))
-            parts = packed.split(list(param.source_rows))
+            parts = torch.split(packed, param.source_rows)
             blocks |= dict(zip(sources, parts, strict=True))
         return blocks
 
@@ -129,7 +129,7 @@ class CalibratedLayers:
                 continue
 
     def _attend(self, new: NewTokens) -> torch.Tensor:
-        q, k, v = (t.unflatten(0, (-1, self._length)).transpose(1, 2) for t in new)
+        q, k, v = (t.view(-1, self._length, *t.shape[1:]).transpose(1, 2) for t in new)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
