@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sl_serve import __version__, cli_batch, cli_plan
+from sl_serve import __version__, cli_batch, cli_plan, cli_quantise
 from sl_serve import cli_options as o
 from sl_serve.config import QueueConfig
 from sl_serve.core import SamplingParams
@@ -200,6 +200,7 @@ def pull(
 
 cli_plan.register(app)
 cli_batch.register(app)
+cli_quantise.register(app)
 
 
 def _print_version(wanted: bool) -> None:

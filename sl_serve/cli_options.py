@@ -21,10 +21,12 @@ from sl_serve.plan.budget import parse_size
 from sl_serve.tools.formats import ToolParserName
 
 DEFAULTS = SchedulerConfig()
+MIN_CALIBRATION_TOKENS = 2048
 
 MODEL_HELP = "A folder with config.json, a .gguf file, a Hugging Face id, or smollm2 (the demo)."
 MEMORY, SCHEDULE, QUEUE = "Memory", "Scheduling", "Queue"
 PLAN = "Planning"
+CALIBRATION = "Calibration"
 SERVER, SECURITY, PROMPT, SAMPLING = "Server", "Security", "Prompt", "Sampling"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", envvar="SL_SERVE_MODEL", help=MODEL_HELP)]
@@ -267,6 +269,33 @@ MeasuredDir = Annotated[
     str | None, _option(MEMORY, "--disk-dir", "Folder on the disk that layers would be read from.")
 ]
 ReportJson = Annotated[bool, _option(PLAN, "--json", "Print everything as JSON.")]
+
+Out = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", envvar="SL_SERVE_OUT", help="The folder to make; MODEL, later."),
+]
+CalibratedWeights = Annotated[
+    str,
+    _option(
+        MEMORY,
+        "--weights",
+        "Matrices of layers. int4: groups of 64 inputs share a scale and a minimum; "
+        "int4_g32_min, int4_g128_min: of 32 or 128.",
+        metavar="[int4|int4_g32_min|...]",
+    ),
+]
+CalibrationText = Annotated[
+    Path | None,
+    _option(
+        CALIBRATION,
+        "--text",
+        "Plain text like that of the later use, which is the best there is. Default: what the "
+        "model writes when left alone.",
+    ),
+]
+CalibrationTokens = Annotated[
+    int, _option(CALIBRATION, "--tokens", "Of the text, at most.", min=MIN_CALIBRATION_TOKENS)
+]
 
 
 def default_dtype(device: DeviceName) -> DTypeName:

@@ -260,7 +260,7 @@ class _Model:
             head_bytes=sizes[head],
             others_bytes=sum(sizes.values()) - sum(sizes[s] for s in {head, embed}),
             disk_tier=in_files or self.config.disk_dir is not None,
-            vocabulary_in_file=all(found and found.dtype == d for found, d in places),
+            vocabulary_in_file=all(found and d and found.dtype == d for found, d in places),
         )
 
 

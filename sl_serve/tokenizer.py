@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -126,6 +128,14 @@ class Tokenizer:
         skip_special_tokens: bool = True,
     ) -> Detokenizer:
         return Detokenizer(self._bytes, prompt_ids, stop, include_stop, skip_special_tokens)
+
+    def save(self, folder: Path) -> None:
+        """The files of a Hugging Face folder that `weights/hf_tokenizer.py` reads this from."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        templates = [{"name": n, "template": t.source} for n, t in self._templates.items()]
+        settings = {**self._special_tokens, "chat_template": templates}
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _ids_of(self, name: str) -> tuple[int, ...]:
         text = self._special_tokens.get(name)

@@ -150,7 +150,7 @@ def test_a_taken_port_is_known_before_the_model_is_loaded(
 
 def test_every_flag_is_an_environment_variable() -> None:
     command = typer.main.get_command(app)
-    for name in ("serve", "generate"):
+    for name in ("serve", "generate", "quantise"):
         for parameter in command.commands[name].params:  # type: ignore[attr-defined]
             if parameter.name == "help":
                 continue

@@ -29,7 +29,7 @@ def stored_dtype(checkpoint: Checkpoint) -> DTypeName:
     """What weights are held in: as short as the settings say, unless the files say otherwise."""
     short = checkpoint.config.dtype
     found = (checkpoint.location(name) for name in checkpoint.names())
-    kinds = {location.dtype for location in found if location is not None}
+    kinds = {place.dtype for place in found if place is not None and place.dtype is not None}
     return short if kinds <= {torch_dtype(short)} else "float32"
 
 

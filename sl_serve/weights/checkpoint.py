@@ -47,7 +47,8 @@ class Checkpoint(Protocol):
         ...
 
     def location(self, name: str) -> FileRange | None:
-        """Where a file holds exactly what `read` gives, or None if none does."""
+        """Where a file holds exactly what `read` gives, or, of a matrix whose `format` has blocks,
+        `read_blocks`; None if none does."""
         ...
 
     def drop_pages(self) -> None:

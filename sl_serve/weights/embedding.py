@@ -50,7 +50,8 @@ class FileEmbedding:
     of common tokens stay."""
 
     def __init__(self, location: FileRange, n_rows: int, hidden_size: int) -> None:
-        self._location, self._hidden_size = location, hidden_size
+        assert location.dtype is not None
+        self._location, self._dtype, self._hidden_size = location, location.dtype, hidden_size
         self._row_bytes = location.size_bytes // n_rows
         self._file = open(location.path, "rb", buffering=0)  # noqa: SIM115  (kept open)
 
@@ -63,7 +64,7 @@ class FileEmbedding:
             row = view[i * self._row_bytes : (i + 1) * self._row_bytes]
             self._read(row, self._location.offset_bytes + token_id * self._row_bytes)
         table = torch.frombuffer(lines, dtype=torch.uint8)
-        return table.view(self._location.dtype).view(-1, self._hidden_size), rows
+        return table.view(self._dtype).view(-1, self._hidden_size), rows
 
     def close(self) -> None:
         self._file.close()

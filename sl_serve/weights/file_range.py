@@ -12,4 +12,4 @@ class FileRange(NamedTuple):
     path: Path
     offset_bytes: int
     size_bytes: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: rows in blocks, as the checkpoint's `format` says

@@ -50,8 +50,9 @@ class FileHead:
     ) -> None:
         self._device = device
         self.n_rows, self._width = shape
+        assert location.dtype is not None
         self._dtype = location.dtype
-        row_bytes = self._width * location.dtype.itemsize
+        row_bytes = self._width * self._dtype.itemsize
         self._rows_per_piece = max(1, PIECE_BYTES // row_bytes)
         file = DirectFile(location.path)
         self._firsts = range(0, self.n_rows, self._rows_per_piece)

@@ -97,7 +97,9 @@ class RequantisedCheckpoint:
 
     def location(self, name: str) -> FileRange | None:
         found = self._checkpoint.location(name)
-        return found if found is not None and found.dtype == self.format(name).dtype else None
+        if found is None or name in self._groups or found.dtype != self.format(name).dtype:
+            return None
+        return found
 
     def drop_pages(self) -> None:
         self._checkpoint.drop_pages()

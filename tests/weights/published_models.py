@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from sl_serve.weights.groups import GROUP_FORMATS
 from tests.models import write_tiny_llama
-from tests.weights.groups import e4m3fn
+from tests.weights.groups import e4m3fn, in_float64, random_grouped
 
 HIDDEN, INNER = 128, 192
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which output stands at which place of a set
@@ -46,6 +47,22 @@ def write(
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     change_settings(folder, quantization_config=settings, torch_dtype=dtype, dtype=dtype)
     return Model(folder, expected)
+
+
+def write_stored_blocks(folder: Path, name: str, **sizes: int) -> Model:
+    """Our own layout, random numbers in the group format `name`."""
+
+    def pack(_: np.random.Generator, n_out: int, n_in: int) -> Packed:
+        rows = random_grouped(name, n_out, n_in)
+        return {"weight": GROUP_FORMATS[name].pack(rows)}, in_float64(name, rows)
+
+    folder.mkdir(exist_ok=True)
+    model = write(folder, pack, {}, "float32", **sizes)
+    settings = {"quant_method": "sl-serve", "version": 1}
+    change_settings(
+        folder, quantization_config={**settings, "formats": dict.fromkeys(model.expected, name)}
+    )
+    return model
 
 
 def change_settings(folder: Path, **changes: Any) -> None:

@@ -18,18 +18,20 @@ from sl_serve.weights.fields import Fields, read_json_object, shown
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import Format
 from sl_serve.weights.hf_folder import HfFolder
-from sl_serve.weights.published import awq, compressed_tensors, fp8, gptq
+from sl_serve.weights.published import awq, blocks, compressed_tensors, fp8, gptq
 from sl_serve.weights.published.packed import PackedMatrix
 
 MAX_NAME_CHARS = 200
 log = logging.getLogger(__name__)
 
-Layout = Callable[[HfFolder, Fields, torch.dtype], dict[str, PackedMatrix]]
+Matrix = PackedMatrix | blocks.StoredBlocks
+Layout = Callable[[HfFolder, Fields, torch.dtype], Mapping[str, Matrix]]
 _LAYOUTS: Mapping[str, Layout] = {
     "gptq": gptq.matrices,
     "awq": awq.matrices,
     "compressed-tensors": compressed_tensors.matrices,
     "fp8": fp8.matrices,
+    blocks.METHOD: blocks.matrices,
 }
 _ABOUT_ACTIVATIONS = ("activation_scheme", "kv_cache_scheme")
 
@@ -62,15 +64,13 @@ def open_published(folder: HfFolder) -> HfFolder | PublishedFolder:
     return PublishedFolder(folder, matrices)
 
 
-def _tell(
-    folder: HfFolder, raw: Mapping[str, object], matrices: Mapping[str, PackedMatrix]
-) -> None:
+def _tell(folder: HfFolder, raw: Mapping[str, object], matrices: Mapping[str, Matrix]) -> None:
     schemes = raw.get("config_groups")
     groups = schemes.values() if isinstance(schemes, dict) else ()
     of_inputs = any(isinstance(g, dict) and g.get("input_activations") for g in groups)
     if of_inputs or any(raw.get(key) for key in _ABOUT_ACTIVATIONS):
         log.info("%s: activations and KV are not quantised, whatever it says", folder.path)
-    n_plain = sum(m.groups is None for m in matrices.values())
+    n_plain = sum(m.format.dtype is not None for m in matrices.values())
     if n_plain:
         log.warning(
             "%s: %d matrices cannot stay in their groups; they are held as %s",
@@ -83,7 +83,7 @@ def _tell(
 class PublishedFolder:
     """Checkpoint over a folder some of whose matrices are quantised."""
 
-    def __init__(self, folder: HfFolder, matrices: Mapping[str, PackedMatrix]) -> None:
+    def __init__(self, folder: HfFolder, matrices: Mapping[str, Matrix]) -> None:
         self.path, self.config = folder.path, folder.config
         self._folder, self._matrices = folder, matrices
         parts = {part for matrix in matrices.values() for part in matrix.parts}
@@ -108,7 +108,8 @@ class PublishedFolder:
         return self._matrices[name].blocks()
 
     def location(self, name: str) -> FileRange | None:
-        return None if name in self._matrices else self._folder.location(name)
+        matrix = self._matrices.get(name)
+        return self._folder.location(name) if matrix is None else matrix.location()
 
     def drop_pages(self) -> None:
         self._folder.drop_pages()

@@ -48,6 +48,9 @@ class PackedMatrix:
         groups = self.groups
         return plain(self.dequantised) if groups is None else groups.format
 
+    def location(self) -> None:
+        """No file has it as it is held."""
+
     def blocks(self) -> torch.Tensor:
         """uint8 (out, row_bytes)."""
         groups, rows = self.groups, self.unpack()
@@ -94,7 +97,7 @@ def expect(
 
 def stored_as(folder: HfFolder, name: str) -> torch.dtype:
     found = folder.location(name)
-    assert found is not None
+    assert found is not None and found.dtype is not None
     return found.dtype
 
 

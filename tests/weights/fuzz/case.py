@@ -113,9 +113,10 @@ def _read(checkpoint: Checkpoint, name: str) -> None:
         assert torch.equal(widened[both], tensor[both])
     location = checkpoint.location(name)
     if location is not None:
-        assert location.dtype == tensor.dtype
-        assert location.size_bytes == tensor.numel() * tensor.itemsize
+        assert location.dtype == format.dtype
+        held = tensor if location.dtype is not None else checkpoint.read_blocks(name)
+        assert location.size_bytes == held.nbytes
         with location.path.open("rb") as file:
             file.seek(location.offset_bytes)
             stored = file.read(location.size_bytes)
-        assert bytes(tensor.flatten().view(torch.uint8).numpy()) == stored
+        assert bytes(held.flatten().view(torch.uint8).numpy()) == stored

@@ -18,6 +18,7 @@ from tests.models import tiny_opt, write_tokenizer
 from tests.weights.fuzz.sample import GgufParts, Sample
 from tests.weights.published_models import awq, gptq, one_byte, pack_quantized
 from tests.weights.published_models import write as write_published
+from tests.weights.published_models import write_stored_blocks
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
 
 Kind = gguf.GGMLQuantizationType
@@ -91,7 +92,8 @@ def _published(root: Path) -> list[Sample]:
     for name, (pack, settings) in of_name.items():
         (root / name).mkdir()
         write_published(root / name, pack, settings, **sizes)
-    return [_sample(root / name) for name in of_name]
+    write_stored_blocks(root / "stored-blocks", "int4_g32_min", **sizes)
+    return [_sample(root / name) for name in (*of_name, "stored-blocks")]
 
 
 def _folder(path: Path, model: PreTrainedModel, **options: Any) -> Sample:

@@ -1,0 +1,152 @@
+"""A pass over a model, one layer in memory at a time: what enters each matrix, and what it becomes.
+
+Within a layer, matrices are quantised in the order in which they are used, and each sees what those
+before it have become; so does the next layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch.nn import functional as F
+
+from sl_serve.errors import UserError
+from sl_serve.host_memory import host_empty
+from sl_serve.models import NewTokens, RopeTable, load_family, run_block
+from sl_serve.models.rope import inverse_frequencies, rope_table
+from sl_serve.ops import TorchOps
+from sl_serve.quantising.gptq import gptq
+from sl_serve.weights.checkpoint import Checkpoint
+from sl_serve.weights.groups import GROUP_FORMATS, Grouped, GroupFormat
+from sl_serve.weights.host import load_image, load_static
+from sl_serve.weights.layout import LayerLayout, Param, source_name
+from sl_serve.weights.quantised import Weight
+
+PASS_TOKENS = 2048  # at once: what they take stays small beside a layer
+
+Blocks = dict[str, torch.Tensor]  # checkpoint name -> uint8 (out, row_bytes)
+
+
+class _InputSeenError(Exception):
+    """The rest of the layer is not needed."""
+
+
+class _WatchingOps(TorchOps):
+    """Adds up X^T X of the inputs X of one matrix, whatever the family does with it."""
+
+    watched: torch.Tensor | None = None
+    hessian: torch.Tensor
+
+    def watch(self, w: torch.Tensor) -> None:
+        self.watched, self.hessian = w, torch.zeros(len(w), len(w))
+
+    def linear(
+        self, name: str, x: torch.Tensor, w: Weight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._see(x, w)
+        return super().linear(name, x, w, bias)
+
+    def add_linear_(
+        self, x: torch.Tensor, h: torch.Tensor, w: Weight, bias: torch.Tensor | None
+    ) -> None:
+        self._see(h, w)
+        super().add_linear_(x, h, w, bias)
+
+    def _see(self, x: torch.Tensor, w: Weight) -> None:
+        if w is self.watched:
+            self.hessian.addmm_(x.t(), x)
+            raise _InputSeenError
+
+
+class CalibratedLayers:
+    """Iterates over the layers, once. Hidden states of all windows stay in memory."""
+
+    def __init__(self, checkpoint: Checkpoint, windows: torch.Tensor, target: Checkpoint) -> None:
+        """`windows`: token ids (n, length). `target` says which matrices are to be in groups."""
+        self._checkpoint, self._target = checkpoint, target
+        self._config = checkpoint.config
+        self._family = load_family(self._config.family)
+        self._params = self._family.layer_params(self._config)
+        self._ops = _WatchingOps()
+        self._length = windows.shape[1]
+        positions = torch.arange(self._length).repeat(len(windows))
+        self._rope = _rope(checkpoint, positions)
+        self._hidden = self._embedded(windows.flatten(), positions)
+
+    def __iter__(self) -> Iterator[Blocks]:
+        layout = LayerLayout(self._params, torch.float32)
+        image = host_empty(layout.image_bytes)
+        views = layout.views(image, 0)
+        for layer in range(self._config.n_layers):
+            load_image(self._checkpoint, layout, layer, image)
+            yield self._quantise(layer, views)
+            self._run(views, self._hidden)
+
+    def _quantise(self, layer: int, views: Mapping[str, Weight]) -> Blocks:
+        """The layer's matrices, which in `views` become what they are quantised to."""
+        blocks: Blocks = {}
+        for param in self._params:
+            sources = [source_name(s, layer) for s in param.sources]
+            groups = self._groups(param, sources[0])
+            if groups is None:
+                continue
+            w = views[param.name]
+            assert isinstance(w, torch.Tensor)
+            packed = groups.pack(self._rounded(layer, views, w, groups))
+            w.t().copy_(groups.format.widen(packed))
+            parts = torch.split(packed, param.source_rows)
+            blocks |= dict(zip(sources, parts, strict=True))
+        return blocks
+
+    def _groups(self, param: Param, source: str) -> GroupFormat | None:
+        return GROUP_FORMATS.get(self._target.format(source).name) if param.is_matrix else None
+
+    def _rounded(
+        self, layer: int, views: Mapping[str, Weight], w: torch.Tensor, groups: GroupFormat
+    ) -> Grouped:
+        self._ops.watch(w)
+        self._run(views, self._hidden.clone())
+        hessian = self._ops.hessian.div_(len(self._hidden))
+        self._ops.watched = None
+        try:
+            return gptq(w.contiguous(), hessian, groups.group)
+        except UserError as error:
+            raise UserError(f"layer {layer}: {error}") from None
+
+    def _run(self, views: Mapping[str, Weight], hidden: torch.Tensor) -> None:
+        """Pass `hidden` (tokens, hidden_size) through the layer, in place."""
+        n_part = max(1, PASS_TOKENS // self._length) * self._length
+        for start in range(0, len(hidden), n_part):
+            x = hidden[start : start + n_part]
+            rope = None
+            if self._rope is not None:
+                rope = RopeTable(*(table[start : start + n_part] for table in self._rope))
+            block = self._family.block(self._config, self._ops, views, x, rope)
+            try:
+                run_block(block, self._attend)
+            except _InputSeenError:
+                continue
+
+    def _attend(self, new: NewTokens) -> torch.Tensor:
+        q, k, v = (t.view(-1, self._length, *t.shape[1:]).transpose(1, 2) for t in new)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _embedded(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        static = self._family.static_tensors(self._config)
+        table = self._checkpoint.read(static["embed"][0])
+        tokens = table[ids].float()
+        names = {ours: source for ours, (source, _) in static.items()}
+        others = {n: source for n, source in names.items() if n not in ("embed", "head")}
+        w = load_static(self._checkpoint, others, torch.float32)
+        states = self._family.hidden_states(self._config, self._ops, w, tokens, positions)
+        return states.clone()  # not in a scratch buffer
+
+
+def _rope(checkpoint: Checkpoint, positions: torch.Tensor) -> RopeTable | None:
+    rope = checkpoint.config.rope
+    if rope is None:
+        return None
+    inverse = inverse_frequencies(rope, checkpoint.config.head_dim)
+    return RopeTable(*rope_table(inverse, positions))
