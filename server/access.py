@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 SCOPE_KEY = "sl_serve.record"
-QUIET_PATHS = PUBLIC_PATHS | {"/metrics"}  # polled every few seconds by machines
+QUIET_PATHS = PUBLIC_PATHS | {"/metrics", "/status"}  # polled every few seconds
 
 
 @dataclass(slots=True)

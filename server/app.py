@@ -26,8 +26,10 @@ from server.health import health_routes
 from server.limits import BodyLimit
 from server.models_route import model_routes
 from server.openapi import DescribedApp, answers_also, takes
+from server.page_routes import page_routes
 from server.schemas import ChatBody, CompletionBody
 from server.settings import ServerSettings
+from server.status import status_routes
 from server.tokens import token_routes
 from sl_serve import __version__
 from sl_serve.errors import SlServeError
@@ -64,6 +66,8 @@ def create_app(engine: EnginePort, settings: ServerSettings) -> DescribedApp:
         health_routes(context),
         file_routes(context),
         batch_routes(context),
+        status_routes(context),
+        page_routes(),
     ):
         app.include_router(router)
     return app

@@ -11,8 +11,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import ApiError
+from server.page_routes import PAGE
 
-PUBLIC_PATHS = frozenset({"/live", "/ready", "/health", "/ping"})
+# The page is the same for everyone; what it shows it asks for with the reader's key.
+PUBLIC_PATHS = frozenset({"/live", "/ready", "/health", "/ping"}) | PAGE.keys()
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from sl_serve.core import Request
-from sl_serve.stats import EngineSnapshot, StepStats
+from sl_serve.stats import EngineSnapshot, MemoryTier, StepStats
 
 
 class TokenizerPort(Protocol):
@@ -65,6 +65,14 @@ class EnginePort(Protocol):
     def max_rows(self) -> int:
         """Requests that run at once."""
         ...
+
+    @property
+    def n_sub_batches(self) -> int:
+        """They are spread over."""
+        ...
+
+    @property
+    def memory_tiers(self) -> Sequence[MemoryTier]: ...
 
     def submit(self, requests: Sequence[Request]) -> None:
         """All or nothing, from any thread, returns at once.

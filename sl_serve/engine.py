@@ -48,6 +48,8 @@ class Engine:
         self.vocab_size = parts.sweep.config.vocab_size
         self.n_parameters = parts.n_parameters
         self.max_rows = parts.plan.max_rows
+        self.n_sub_batches = parts.plan.n_sub_batches
+        self.memory_tiers = parts.plan.tiers()
         self._parts = parts
         self._queue = WaitingQueue(config.queue)
         self._deliveries: dict[str, Delivery] = {}

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from sl_serve.core import StepPlan
 
@@ -17,6 +18,26 @@ class EngineState(StrEnum):
     DRAINING = "draining"  # finishes what it has, takes nothing new
     CLOSED = "closed"
     DEAD = "dead"  # the engine thread failed; EngineSnapshot.reason says why
+
+
+class SubBatchFill(NamedTuple):
+    """What one sub-batch of a step had in it."""
+
+    n_rows: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTier:
+    """What is reserved before the first step in one place: (part, bytes), none of them empty."""
+
+    name: str  # host, device or disk
+    parts: tuple[tuple[str, int], ...]
+    budget_bytes: int | None  # None: no ceiling is known
+
+    @property
+    def planned_bytes(self) -> int:
+        return sum(n_bytes for _, n_bytes in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +56,7 @@ class StepStats:
     stall_s: float = 0.0  # compute waiting for copies
     hidden_down_bytes: int = 0  # of hidden states that are swapped
     hidden_up_bytes: int = 0
+    sub_batches: tuple[SubBatchFill, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +111,7 @@ def step_stats(
         stall_s=stall_s,
         hidden_down_bytes=after.hidden_down - before.hidden_down,
         hidden_up_bytes=after.hidden_up - before.hidden_up,
+        sub_batches=tuple(SubBatchFill(len(s.rows), s.n_tokens) for s in plan.sub_batches),
     )
 
 

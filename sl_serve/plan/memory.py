@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sl_serve.kv.layout import KVSpec
 from sl_serve.plan.budget import gib
+from sl_serve.stats import MemoryTier
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,37 @@ class MemoryPlan:
     def swaps_hidden(self) -> bool:
         """Whether hidden states pass through the device instead of staying there."""
         return self.hidden_bytes > 0
+
+    def tiers(self) -> tuple[MemoryTier, ...]:
+        """What `host_bytes`, `device_bytes` and `disk_bytes` consist of; no tier without parts."""
+        on_device = self.device_bytes > 0
+        host = [
+            ("layers", self.weights_bytes),
+            ("disk ring", self.ring_bytes),
+            (self._static_name(), self.static_bytes - on_device * self.static_device_bytes),
+            ("KV cache", self.kv_bytes),
+            ("hidden states", self.hidden_host_bytes),
+            ("KV staging", self.staging_host_bytes),
+            ("workspace", 0 if on_device else self.workspace_bytes),
+        ]
+        device = [
+            ("layers", self.device_layers_bytes),
+            (self._static_name(), self.static_device_bytes),
+            ("KV cache", self.device_kv_bytes),
+            ("layer slots", self.device_slots_bytes),
+            ("expanded layer", self.expansion_bytes),
+            ("KV windows", self.windows_bytes),
+            ("hidden states", self.hidden_bytes - self.hidden_host_bytes),
+            ("KV staging", self.staging_bytes - self.staging_host_bytes),
+            ("workspace", self.workspace_bytes),
+        ]
+        tiers = (
+            ("host", host, self.available_bytes),
+            ("device", device if on_device else [], self.device_available_bytes),
+            ("disk", [("layers", self.disk_bytes)], None),
+        )
+        known = [(name, tuple(p for p in parts if p[1]), budget) for name, parts, budget in tiers]
+        return tuple(MemoryTier(name, parts, budget) for name, parts, budget in known if parts)
 
     def table(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for people, parts of no size left out."""

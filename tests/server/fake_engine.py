@@ -12,7 +12,7 @@ from zlib import crc32
 
 from sl_serve.core import FinishReason, Request, TokenLogprob, TokenOut, Usage
 from sl_serve.errors import EngineClosedError, EngineDeadError, QueueFullError, RequestError
-from sl_serve.stats import EngineSnapshot, EngineState, StepStats
+from sl_serve.stats import EngineSnapshot, EngineState, MemoryTier, StepStats, SubBatchFill
 
 BOS, EOS, TWIN_A = 256, 257, 258  # TWIN_A has the text of the byte token "a"
 VOCAB = 260
@@ -109,6 +109,11 @@ class FakeEngine:
     vocab_size: int = VOCAB
     n_parameters: int = 1_234_567
     max_rows: int = 16
+    n_sub_batches: int = 2
+    memory_tiers: tuple[MemoryTier, ...] = (
+        MemoryTier("host", (("layers", 600), ("KV cache", 100)), 1000),
+        MemoryTier("disk", (("layers", 300),), None),
+    )
     tokenizer: ToyTokenizer = field(default_factory=ToyTokenizer)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -228,7 +233,8 @@ class FakeEngine:
         outs = [(request, self._advance(request)) for request in rows]
         self.n_steps += 1
         for observer in self._observers:
-            observer(StepStats(0.5, 2, len(rows), 10, 20, 1000, 100, 50, 0.25))
+            fills = (SubBatchFill(len(rows), 28), SubBatchFill(0, 2))
+            observer(StepStats(0.5, 2, len(rows), 10, 20, 1000, 100, 50, 0.25, sub_batches=fills))
         with self._changed:
             for request, out in outs:
                 if out.finish_reason is not None:

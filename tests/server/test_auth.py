@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.auth import PUBLIC_PATHS
+from server.page_routes import PAGE
 from tests.server.conftest import SETTINGS, MakeClient
 from tests.server.fake_engine import FakeEngine
 
@@ -103,8 +104,9 @@ def locked(engine: FakeEngine, tmp_path: Path) -> Iterator[FastAPI]:
 async def test_without_a_key_nothing_but_health(locked: FastAPI, engine: FakeEngine) -> None:
     paths = routed_paths(locked)
     described = {filled_in(path) for path in locked.openapi()["paths"]}
-    assert paths == described | {"/openapi.json"}
-    assert len(paths) == 22
+    assert paths == described | {"/openapi.json"} | PAGE.keys()
+    assert len(paths) == 23 + len(PAGE)
+    assert "/status" in paths - PUBLIC_PATHS
     for path in paths - PUBLIC_PATHS:
         for spelling in spellings(path):
             for method in METHODS:
