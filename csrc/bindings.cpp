@@ -104,9 +104,10 @@ class Core {
   }
 
   void gemm(uintptr_t a, int64_t a_stride, uintptr_t b, int64_t b_stride, Dtype b_dtype,
-            uintptr_t c, int64_t c_stride, bool accumulate, int64_t m, int64_t n, int64_t k) const {
+            uintptr_t c, int64_t c_stride, bool accumulate, bool same_order, int64_t m, int64_t n,
+            int64_t k) const {
     kernels_->gemm({floats(a), reinterpret_cast<const void*>(b), floats(c), a_stride, b_stride,
-                    c_stride, m, n, k, b_dtype, accumulate, n_threads_});
+                    c_stride, m, n, k, b_dtype, accumulate, same_order, n_threads_});
   }
 
  private:

@@ -123,6 +123,7 @@ struct GemmArgs {
   int64_t m, n, k;
   Dtype b_dtype;
   bool accumulate;
+  bool same_order;  // of sums whatever m is, so that a row has the same bits in any company
   int n_threads;
 };
 

@@ -93,6 +93,7 @@ class Core:
         c: int,
         c_stride: int,
         accumulate: bool,
+        same_order: bool,
         m: int,
         n: int,
         k: int,

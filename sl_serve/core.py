@@ -116,6 +116,7 @@ class Request:
     priority: int = 0  # lower runs first
     arrival_s: float = 0.0  # time.monotonic() at submission
     constraint: Constraint | None = None  # of this output alone
+    repeatable: bool = False  # drawn by a seed of its owner's: the same bits in any company
 
     output_ids: list[int] = field(default_factory=list)
     n_cached: int = 0  # tokens whose K and V lie in the slab
@@ -177,3 +178,8 @@ class StepPlan:
     @property
     def n_rows(self) -> int:
         return sum(len(s.rows) for s in self.sub_batches)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a row is."""
+        return any(r.request.repeatable for s in self.sub_batches for r in s.rows)

@@ -72,7 +72,9 @@ class Engine:
         """
         for request in requests:
             check_request(request, self.vocab_size, self.max_model_len)
-            if request.sampling.seed is None:
+            sampling = request.sampling
+            request.repeatable = sampling.seed is not None and sampling.temperature > 0
+            if sampling.seed is None:
                 request.sampling = replace(request.sampling, seed=secrets.randbits(63))
             request.arrival_s = time.monotonic()
         deliveries = {

@@ -64,6 +64,7 @@ class Sweep:
         be before the next step reads them."""
         sub_batches = plan.sub_batches
         n = len(sub_batches)
+        self.ops.same_order = plan.repeatable
         is_beside = self.attention.begin(sub_batches, slabs)
         self.hidden.begin(sub_batches, self._embed)
         ropes = [self._rope(s) for s in sub_batches]

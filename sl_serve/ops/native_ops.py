@@ -82,6 +82,7 @@ class NativeOps(TorchOps):
             c.data_ptr(),
             c.stride(0),
             accumulate,
+            self.same_order,
             m,
             n,
             k,

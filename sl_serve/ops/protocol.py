@@ -46,6 +46,9 @@ class Ops(Protocol):
 
     name: str
     dtype: torch.dtype  # of activations; weights may be shorter
+    # Sums of matrix products are to be in one order for any number of rows, which is slower for
+    # few. The native core obeys; libraries choose for themselves.
+    same_order: bool
 
     def linear(
         self, name: str, x: torch.Tensor, w: Weight, bias: torch.Tensor | None

@@ -26,6 +26,7 @@ class TorchOps:
 
     def __init__(self, dtype: torch.dtype = torch.float32, scratch: Scratch | None = None) -> None:
         self.dtype = dtype
+        self.same_order = False
         self._scratch = scratch or Scratch(dtype)
 
     def linear(
