@@ -17,14 +17,16 @@ from sl_serve.config import KVDTypeName
 
 TEXT = Path(__file__).parent / "data" / "alice.txt"  # Lewis Carroll, 1865
 N_TOKENS, WINDOW_TOKENS = 20_480, 512
-WEIGHTS = "int8,fp8,int4,int4_g128"
+WEIGHTS = "int8,fp8,int4,int4-calibrated,int4_g128"
 KV_FORMATS = "bfloat16,int8,int4"
 BOTH = "int8:int8,int4:int8,int4:int4"
 
 
 def run(
     model: Annotated[str, typer.Option(help="As sl-serve calls it.")] = "smollm2",
-    weights: Annotated[str, typer.Option(help="Formats, comma-separated.")] = WEIGHTS,
+    weights: Annotated[
+        str, typer.Option(help="Formats, or int4-calibrated; comma-separated.")
+    ] = WEIGHTS,
     kv: Annotated[str, typer.Option(help="KV formats, with weights as they are.")] = KV_FORMATS,
     both: Annotated[str, typer.Option(help="Pairs, such as int4:int8.")] = BOTH,
     text: Annotated[Path, typer.Option(help="What is read.", dir_okay=False)] = TEXT,

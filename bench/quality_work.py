@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from rich.progress import Progress
 
 from bench.errors import BenchError
+from bench.quality_calibrated import calibrated
 from sl_serve.config import EngineConfig, KVDTypeName, SchedulerConfig
 from sl_serve.core import Request, SamplingParams
 from sl_serve.llm import open_model
@@ -34,6 +36,7 @@ class Variant(NamedTuple):
 
 
 REFERENCE = Variant("auto", "float32")
+CALIBRATED = "int4-calibrated"  # weights, in a folder made beforehand
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Model:
     """A variant, loaded: a window of tokens to logits, through the sweep itself."""
 
     def __init__(self, model: str, variant: Variant, window_tokens: int) -> None:
+        """`model`: for calibrated weights the folder that has them."""
         checkpoint = open_model(model)
         try:
             self.parts = load(checkpoint, engine_config(variant, window_tokens))
@@ -98,7 +102,7 @@ def engine_config(variant: Variant, window_tokens: int) -> EngineConfig:
     scheduler = SchedulerConfig(max_rows=BLOCK_LINES, prefill_chunk_tokens=window_tokens)
     return EngineConfig(
         max_model_len=window_tokens,
-        weights=variant.weights,
+        weights="auto" if variant.weights == CALIBRATED else variant.weights,
         kv_dtype=variant.kv,
         scheduler=scheduler,
     )
@@ -118,11 +122,16 @@ def measure(
     if len(ids) < n_tokens:
         raise BenchError(f"the text has {len(ids)} tokens, {n_tokens} are to be read")
     every = [REFERENCE, *(v for v in variants if v != REFERENCE)]
-    with Progress() as progress:
+    with Progress() as progress, ExitStack() as folders:
+        sources = dict.fromkeys(every, model)
+        wanted = [v for v in every if v.weights == CALIBRATED]
+        if wanted:
+            folder = folders.enter_context(calibrated(model, progress))
+            sources |= dict.fromkeys(wanted, str(folder))
         loading = progress.add_task("loading", total=len(every))
         models = []
         for variant in every:
-            models.append(Model(model, variant, window_tokens))
+            models.append(Model(sources[variant], variant, window_tokens))
             progress.advance(loading)
         try:
             starts = range(0, n_tokens, window_tokens)

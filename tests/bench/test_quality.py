@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from bench import quality_calibrated
 from bench.errors import BenchError
 from bench.quality import TEXT, variants
 from bench.quality_report import BEGIN, END, markdown, update_document
@@ -17,7 +18,12 @@ from bench.quality_work import Divergence, Variant, measure
 from tests.models import TINY_MODELS
 
 WINDOW, N_TOKENS = 24, 60  # the last window is shorter
-VARIANTS = [Variant("int8", "float32"), Variant("auto", "bfloat16"), Variant("int4", "int8")]
+VARIANTS = [
+    Variant("int8", "float32"),
+    Variant("auto", "bfloat16"),
+    Variant("int4", "int8"),
+    Variant("int4-calibrated", "float32"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> dict[str, Any]:
-    return measure(str(folder), TEXT.read_text(), VARIANTS, N_TOKENS, WINDOW)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality_calibrated, "N_TOKENS", 1024)
+        return measure(str(folder), TEXT.read_text(), VARIANTS, N_TOKENS, WINDOW)
 
 
 def test_perplexity_is_that_of_transformers(folder: Path, report: dict[str, Any]) -> None:
@@ -53,9 +61,10 @@ def test_perplexity_is_that_of_transformers(folder: Path, report: dict[str, Any]
 def test_shorter_formats_differ_a_little_and_take_fewer_bytes(report: dict[str, Any]) -> None:
     reference, *others = report["variants"]
     assert [Variant(row["weights"], row["kv"]) for row in others] == VARIANTS
-    assert [row["mean_divergence"] < 0.01 for row in others] == [True, True, False]
+    assert [row["mean_divergence"] < 0.01 for row in others] == [True, True, False, False]
     assert all(0 < row["mean_divergence"] < 0.5 for row in others)
     assert others[0]["weight_bytes"] < reference["weight_bytes"]
+    assert others[3]["weight_bytes"] == others[2]["weight_bytes"]
     assert others[1]["kv_token_bytes"] * 2 == reference["kv_token_bytes"]
 
 

@@ -17,7 +17,7 @@ GROUP, N_OUT = 32, 12
 
 
 def example(n_in: int, n_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix (in, out), and the Hessian of inputs that depend on each other and differ in size."""
+    """A matrix (in, out), and the Hessian of inputs that differ in size and are correlated."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(n_in, n_in, generator=generator) / n_in**0.5 + torch.eye(n_in)
     sizes = torch.rand(n_in, generator=generator) * 3 + 0.1

@@ -263,6 +263,43 @@ def test_names_that_no_message_could_repeat_are_refused(tmp_path: Path, name: st
     assert str(refused.value).isprintable() and len(str(refused.value)) < 300
 
 
+def of_stored_blocks(**changes: Any) -> dict[str, Any]:
+    name = MODULE + "weight"
+    return {"quant_method": "sl-serve", "version": 1, "formats": {name: "int4_g32_min"}} | changes
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (of_stored_blocks(version=2), "version 2 of the layout cannot be read"),
+        (of_stored_blocks(formats=[]), "formats must be an object"),
+        (of_stored_blocks(formats={}), "no weights quantised with sl-serve"),
+        (of_stored_blocks(formats={"a\nb": "q8_0"}), r"no tensor 'a\\nb' in the folder"),
+        (of_stored_blocks(formats={MODULE + "weight": "int3"}), "format 'int3' of .* not known"),
+        (of_stored_blocks(formats={MODULE + "weight": "q4_k"}), "bytes, no whole q4_k blocks"),
+        (of_stored_blocks(formats={"model.norm.weight": "q8_0"}), "not a matrix's"),
+        (of_stored_blocks(formats={"lm_head.weight": "q8_0"}), "stored as torch.float32"),
+    ],
+)
+def test_stored_blocks_that_do_not_fit_are_refused(
+    tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
+    models.write_stored_blocks(tmp_path, "int4_g32_min")
+    change_settings(tmp_path, quantization_config=settings)
+    with pytest.raises(ModelError, match=named):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["int4_g32_min", "int8_g64", "fp8_g64"])
+def test_stored_blocks_are_the_numbers_of_their_format(tmp_path: Path, name: str) -> None:
+    model = models.write_stored_blocks(tmp_path, name)
+    checkpoint = open_checkpoint(tmp_path)
+    for weight, expected in model.expected.items():
+        assert checkpoint.format(weight).name == name
+        assert np.array_equal(checkpoint.read(weight).numpy(), expected.astype(np.float32))
+    checkpoint.close()
+
+
 def test_weights_of_another_shape_than_the_model_has_are_refused(tmp_path: Path) -> None:
     models.write(tmp_path, *LAYOUTS["packed"][:2])
     change_settings(tmp_path, intermediate_size=256)

@@ -16,9 +16,8 @@ from sl_serve.config import RopeConfig
 from sl_serve.weights.gguf_config import ROPE_FACTORS, llama3_rope_factors
 from tests.models import tiny_opt, write_tokenizer
 from tests.weights.fuzz.sample import GgufParts, Sample
-from tests.weights.published_models import awq, gptq, one_byte, pack_quantized
+from tests.weights.published_models import awq, gptq, one_byte, pack_quantized, write_stored_blocks
 from tests.weights.published_models import write as write_published
-from tests.weights.published_models import write_stored_blocks
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
 
 Kind = gguf.GGMLQuantizationType
