@@ -65,7 +65,7 @@ class ServerProcess:
 def server_process(command: Sequence[str]) -> Iterator[ServerProcess]:
     """Runs `command` with --host and --port of a free loopback port added; killed at the latest
     at the end of the block."""
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="sl-serve-") as folder:
         log = Path(folder) / "server.log"
         with log.open("wb") as output:
@@ -82,7 +82,7 @@ def server_process(command: Sequence[str]) -> Iterator[ServerProcess]:
             process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -23,6 +23,7 @@ from tests.models import write_tiny_llama
 from tests.server.conftest import LiveServer
 from tests.server.fake_engine import FakeEngine
 from tests.test_cli import wait_for_url
+from tests.test_deploy import check_docker_build, check_docker_run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -153,6 +154,10 @@ HOW: dict[str, Callable[[str], None]] = {
     "--output answers.jsonl": runs_a_file,
     ".venv/bin/sl-serve serve smollm2 --jobs-dir jobs": serves_jobs,
     ".venv/bin/sl-serve batches submit requests.jsonl": submits,
+    "docker build --target cuda -t sl-serve:cuda .": check_docker_build,
+    "docker run --gpus all --ulimit memlock=-1 --restart on-failure --stop-timeout 45 "
+    "-p 127.0.0.1:8000:8000 -v models:/models -v jobs:/jobs -e SL_SERVE_API_KEY "
+    "-e SL_SERVE_MODEL=org/name sl-serve:cuda": check_docker_run,
     ".venv/bin/sl-serve serve --help": prints("SL_SERVE_PORT"),
     ".venv/bin/sl-serve plan opt-30b --load-format dummy --profile t4 --prompt 512 "
     "--gen 32": prints("link down binds"),

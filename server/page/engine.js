@@ -11,19 +11,28 @@ export function showEngine(status) {
   say("waiting", number(status.requests.waiting));
   byId("no-step").hidden = status.step !== null;
   byId("step").hidden = status.step === null;
-  if (status.step !== null) showStep(status.step, status.rates);
+  if (status.step !== null) showStep(status.step);
+  const hasDevice = status.memory.some((tier) => tier.tier === "device");
+  if (status.step !== null) say("copy-text", hasDevice ? copied(status) : inPlace(status));
   showMemory(status.memory, status.kv);
 }
 
-function showStep(step, rates) {
-  const { wall_s, compute_s, stall_s, down_bytes, up_bytes } = step;
+function showStep(step) {
+  const { wall_s, compute_s, stall_s } = step;
   const tokens = `${number(step.decode_tokens)} output and ${number(step.prefill_tokens)} prompt tokens`;
   say("step-text", `${tokens} in ${seconds(wall_s)}`);
   showMeter("compute", compute_s / wall_s, seconds(compute_s));
   showMeter("stall", stall_s / wall_s, seconds(stall_s));
-  const rate = `lately ${bytes(rates.down_bytes_per_s)}/s down, ${bytes(rates.up_bytes_per_s)}/s up`;
-  say("copy-text", `${bytes(down_bytes)} down, ${bytes(up_bytes)} up, beside the computing; ${rate}`);
   byId("sub-batches").replaceChildren(...step.sub_batches.map(subBatchLine));
+}
+
+function copied({ step, rates }) {
+  const rate = `${bytes(rates.down_bytes_per_s)}/s down, ${bytes(rates.up_bytes_per_s)}/s up`;
+  return `${bytes(step.down_bytes)} down, ${bytes(step.up_bytes)} up, beside the computing; lately ${rate}`;
+}
+
+function inPlace({ step }) {
+  return `none: ${bytes(step.down_bytes)} read and ${bytes(step.up_bytes)} written in place`;
 }
 
 function subBatchLine(fill, index) {
