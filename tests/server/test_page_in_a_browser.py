@@ -86,6 +86,8 @@ def test_a_chat_is_streamed_as_text_and_can_be_stopped(page: Page, engine: FakeE
     assert page.locator("#chat-log img").count() == 0
     assert f"hello {NASTY}" in bytes(engine.submitted[0].prompt_ids).decode()
     expect(page.locator("#step-text")).to_contain_text("20 output and 10 prompt tokens in 500 ms")
+    copied = "none: 1.1 KiB read and 50 B written in place"  # there is no tier of a device
+    expect(page.locator("#copy-text")).to_have_text(copied)
     expect(page.locator("#sub-batches li")).to_have_count(2)
     expect(page.locator("#sub-batches li").first).to_contain_text("1 of 8 rows, 28 tokens")
     expect(page.locator("#tiers caption").first).to_have_text("host: 700 B of 1,000 B")
