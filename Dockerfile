@@ -39,9 +39,11 @@ HEALTHCHECK --start-period=60m --interval=15s --timeout=10s --retries=3 \
 ENTRYPOINT ["sl-serve"]
 CMD ["serve"]
 
+# torch's default build carries CUDA, gigabytes of it; the index of its CPU builds is given with
+# --build-arg TORCH_INDEX=
 FROM runtime AS cpu
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --no-deps --index-url ${TORCH_INDEX} -c /etc/sl-serve/requirements.lock torch \
+ARG TORCH_INDEX=
+RUN pip install --no-cache-dir --no-deps ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} -c /etc/sl-serve/requirements.lock torch \
     && pip install --no-cache-dir -c /etc/sl-serve/requirements.lock /wheels/*.whl
 USER sl-serve
 

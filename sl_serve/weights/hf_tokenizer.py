@@ -74,10 +74,10 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
         return {"default": path.read_text(encoding="utf-8", errors="replace")}
     written = settings.get("chat_template")
     if isinstance(written, str):
-        return {"default": written}
+        return {"default": _encodable(written)}
     entries = written if isinstance(written, list) else []
     return {
-        entry["name"]: entry["template"]
+        entry["name"]: _encodable(entry["template"])
         for entry in entries
         if isinstance(entry, dict)
         and isinstance(entry.get("name"), str)
@@ -88,7 +88,12 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
 def _token_text(value: object) -> str | None:
     """A token is written as its text or as an object with its text under `content`."""
     text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
+    return _encodable(text) if isinstance(text, str) else None
+
+
+def _encodable(text: str) -> str:
+    """JSON may name halves of surrogate pairs, which no encoding takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

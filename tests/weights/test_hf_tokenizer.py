@@ -163,6 +163,17 @@ def test_settings_of_the_model_rule_over_the_tokenizer(folder: Path) -> None:
     assert load(folder).eos_token_ids == (5, 6)
 
 
+def test_halves_of_surrogate_pairs_are_no_text(folder: Path) -> None:
+    """As JSON may name them: an unknown token, and a template that can be rendered."""
+    write_byte_level(folder)
+    settings = {"bos_token": "\ud800", "chat_template": "a\ud800{{ messages[0].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = open_checkpoint(folder).load_tokenizer()
+    text = tokenizer.render_chat([{"role": "user", "content": "hello"}])
+    assert text == "a\ufffdhello"
+    assert tokenizer.encode(text)
+
+
 def test_refusals(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"no tokenizer\.json, and none can be made"):
         load(folder)
