@@ -95,7 +95,7 @@ class CalibratedLayers:
             assert isinstance(w, torch.Tensor)
             packed = groups.pack(self._rounded(layer, views, w, groups))
             w.t().copy_(groups.format.widen(packed))
-            parts = torch.split(packed, param.source_rows)
+            parts = torch.split(packed, list(param.source_rows))
             blocks |= dict(zip(sources, parts, strict=True))
         return blocks
 
