@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,23 @@ def test_a_file_through_the_engine(
     assert (code, "is complete already" in err) == (0, True)
 
 
+@contextmanager
+def not_ignoring(number: signal.Signals) -> Iterator[None]:
+    """A shell has its background jobs ignore Ctrl-C, and they what they start."""
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def test_interrupted_and_resumed(command: Command, model: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     bodies = [body_of(f"{i}", max_tokens=80) for i in range(200)]
     source.write_bytes(jsonl(line(f"{i}", body) for i, body in enumerate(bodies)))
     options = ["-i", str(source), "-o", str(output), "--served-model-name", "tiny", *FEW_ROWS]
     log = tmp_path / "log"
-    with log.open("w") as stderr:
+    with log.open("w") as stderr, not_ignoring(signal.SIGINT):
         process = subprocess.Popen([*COMMAND, "run-batch", str(model), *options], stderr=stderr)
     wait_for(lambda: n_results(tmp_path) > 5 or process.poll() is not None, timeout_s=60)
     process.send_signal(signal.SIGINT)
