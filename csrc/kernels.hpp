@@ -110,6 +110,7 @@ struct AttentionArgs {
   float softcap;        // 0: none; else a score s becomes softcap * tanh(s / softcap)
   const float* slopes;  // null, or of each head: a score gets slope * (position - token's)
   Dtype kv_dtype;       // plain, q8_0 or q4_1; lines of whole blocks
+  bool same_order;      // of a token's sums however many come with it
   int n_threads;
 };
 

@@ -69,6 +69,7 @@ class Core:
         window: int,
         softcap: float,
         slopes: int,
+        same_order: bool,
         /,
     ) -> None: ...
     def rope(

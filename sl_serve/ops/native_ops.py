@@ -135,6 +135,7 @@ class NativeOps(TorchOps):
             scoring.window or MANY_POSITIONS,
             scoring.softcap or 0.0,
             _slopes(scoring, n_heads),
+            self.same_order,
         )
         return out
 
