@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.errors import BenchError
 from bench.machine import about_now
-from sl_serve.cli import OPENMP_SPINS
+from bench.worker_process import AS_OURS, run_worker
 
 PERCENTILE = 95
 
@@ -34,8 +29,9 @@ def run(
     """Measure a batch job beside the engine alone, lines in a form beside free ones, and
     interactive requests under a job."""
     settings = {"lines": lines, "tokens": tokens, "rows": rows, "probes": probes, "repeat": repeat}
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     with Console(stderr=True).status("measuring: the engine alone, jobs, and requests under a job"):
-        found = in_a_process(model, settings)
+        found = run_worker("the worker", ["batch-worker", "--model", model, *options], AS_OURS)
     report = {**about_now(), "model": model, **settings, **found, **build_report(found)}
     Console().print(render(report))
     if json_path is not None:
@@ -56,24 +52,6 @@ def worker(
 
     found = measure(model, Load(lines, tokens, rows, probes), repeat)
     json_path.write_text(json.dumps(found))
-
-
-def in_a_process(model: str, settings: dict[str, int]) -> dict[str, Any]:
-    """Raises BenchError with the last lines of what a failed worker printed."""
-    with tempfile.TemporaryDirectory(prefix="sl-serve-bench-") as folder:
-        answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "bench", "batch-worker", "--model", model]
-        for name, value in settings.items():
-            command += [f"--{name}", str(value)]
-        command += ["--json", str(answer)]
-        # As our command line starts: waiting threads leave the cores to those that work.
-        environment = {"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            tail = "\n".join(done.stderr.strip().splitlines()[-8:])
-            raise BenchError(f"the worker ended with exit code {done.returncode}: {tail}")
-        found: dict[str, Any] = json.loads(answer.read_text())
-        return found
 
 
 def build_report(found: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -20,7 +16,7 @@ from rich.table import Table
 from bench.decode_work import HELD, OUTPUT_TOKENS, PROMPT_TOKENS, Held, measure
 from bench.errors import BenchError
 from bench.machine import about_now
-from sl_serve.cli import OPENMP_SPINS
+from bench.worker_process import AS_OURS, run_worker
 
 ROWS = "1,4,16,64,256"
 Job = Callable[[Held], dict[str, Any]]  # what the worker wrote
@@ -81,18 +77,8 @@ def run_all(repeat: int, job: Job, advance: Callable[[], object]) -> dict[Held, 
 
 def in_a_process(model: str, held: Held, rows: str, tokens: int) -> dict[str, Any]:
     """Raises BenchError with the last lines of what a failed worker printed."""
-    with tempfile.TemporaryDirectory(prefix="sl-serve-bench-") as folder:
-        answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "bench", "decode-worker", "--model", model]
-        command += ["--held", held, "--rows", rows, "--tokens", str(tokens), "--json", str(answer)]
-        # As our command line starts: waiting threads leave the cores to those that work.
-        environment = {"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            tail = "\n".join(done.stderr.strip().splitlines()[-8:])
-            raise BenchError(f"{held} ended with exit code {done.returncode}: {tail}")
-        result: dict[str, Any] = json.loads(answer.read_text())
-        return result
+    command = ["decode-worker", "--model", model, "--held", held]
+    return run_worker(held, [*command, "--rows", rows, "--tokens", str(tokens)], AS_OURS)
 
 
 def build_report(rows: Sequence[int], results: Mapping[Held, Sequence[Any]]) -> dict[str, Any]:

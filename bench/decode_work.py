@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,10 +20,10 @@ from sl_serve.engine import Engine
 from sl_serve.errors import EngineDeadError
 from sl_serve.llm import UNBOUNDED_QUEUE, open_engine, open_model
 from sl_serve.stats import StepStats
-from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import Format, plain
+from sl_serve.weights.wrapped import WrappedCheckpoint
 
 Held = Literal["stored", "float32"]
 HELD: tuple[Held, ...] = ("stored", "float32")
@@ -31,21 +31,15 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 32, 48
 LEAST_TOKEN_ID = 3  # below it are ends and beginnings in many vocabularies
 
 
-class Widened:
+class Widened(WrappedCheckpoint):
     """A checkpoint whose every number is held in float32, as if its file had them so."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.path, self.config = checkpoint.path, replace(checkpoint.config, dtype="float32")
-        self._checkpoint = checkpoint
-
-    def names(self) -> Collection[str]:
-        return self._checkpoint.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._checkpoint.shape(name)
+        super().__init__(checkpoint)
+        self.config = replace(checkpoint.config, dtype="float32")
 
     def read(self, name: str) -> torch.Tensor:
-        return self._checkpoint.read(name).float()
+        return self._inner.read(name).float()
 
     def format(self, name: str) -> Format:
         return plain(torch.float32)
@@ -55,15 +49,6 @@ class Widened:
 
     def location(self, name: str) -> FileRange | None:
         return None
-
-    def drop_pages(self) -> None:
-        self._checkpoint.drop_pages()
-
-    def load_tokenizer(self) -> Tokenizer:
-        return self._checkpoint.load_tokenizer()
-
-    def close(self) -> None:
-        self._checkpoint.close()
 
 
 @dataclass

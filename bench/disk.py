@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +18,7 @@ from bench.errors import BenchError
 from bench.machine import about_now
 from bench.measurement import Measurement
 from bench.runner import OURS
-from sl_serve.cli import OPENMP_SPINS
+from bench.worker_process import AS_OURS, run_worker
 
 PEER = "accelerate"
 Job = Callable[[str, int], dict[str, Any]]  # system, number of requests -> what the worker wrote
@@ -180,23 +176,11 @@ class SubprocessJob:
     def __call__(self, system: str, n_requests: int) -> dict[str, Any]:
         """Raises BenchError with the last lines of what a failed worker printed."""
         drop_page_cache(weight_files(self.model))
-        with tempfile.TemporaryDirectory(prefix="sl-serve-bench-") as folder:
-            answer = Path(folder) / "answer.json"
-            command = [sys.executable, "-m", "bench", "disk-worker", "--system", system]
-            command += ["--model", str(self.model), "--requests", str(n_requests)]
-            command += ["--host-memory-bytes", str(self.host_memory_bytes)]
-            command += ["--disk-dir", str(self.disk_dir), "--json", str(answer)]
-            # As our command line starts: waiting threads leave the cores to those that read.
-            ours = {"GOMP_SPINCOUNT": OPENMP_SPINS} if _is_ours(system) else {}
-            environment = {**ours, **os.environ}
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, env=environment
-            )
-            if done.returncode:
-                tail = "\n".join(done.stderr.strip().splitlines()[-8:])
-                raise BenchError(f"{system} ended with exit code {done.returncode}: {tail}")
-            result: dict[str, Any] = json.loads(answer.read_text())
-            return result
+        command = ["disk-worker", "--system", system]
+        command += ["--model", str(self.model), "--requests", str(n_requests)]
+        command += ["--host-memory-bytes", str(self.host_memory_bytes)]
+        command += ["--disk-dir", str(self.disk_dir)]
+        return run_worker(system, command, AS_OURS if _is_ours(system) else None)
 
 
 def _is_ours(system: str) -> bool:

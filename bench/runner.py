@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +14,7 @@ from bench.cases import RANDOM_MODEL, TINY_MODEL, Case
 from bench.errors import BenchError
 from bench.measurement import Measurement
 from bench.peers import Probe, is_installed
+from bench.worker_process import run_worker
 
 Job = Callable[[str], dict[str, Any]]  # a worker's system name -> the JSON it wrote
 Say = Callable[[str], None]
@@ -111,13 +110,5 @@ class SubprocessJob:
 
     def __call__(self, system: str) -> dict[str, Any]:
         """Raises BenchError with the last lines of what a failed worker printed."""
-        with tempfile.TemporaryDirectory(prefix="sl-serve-bench-") as folder:
-            answer = Path(folder) / "answer.json"
-            command = [sys.executable, "-m", "bench", "worker", "--case", self.case.name]
-            command += ["--system", system, "--model", str(self.model), "--json", str(answer)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                tail = "\n".join(done.stderr.strip().splitlines()[-8:])
-                raise BenchError(f"{system} ended with exit code {done.returncode}: {tail}")
-            result: dict[str, Any] = json.loads(answer.read_text())
-            return result
+        model = ["--model", str(self.model)]
+        return run_worker(system, ["worker", "--case", self.case.name, "--system", system, *model])

@@ -113,7 +113,7 @@ def serve(
     listener = bind(host, port)
     if jobs_dir is not None:
         check_folder(jobs_dir)
-    tuned = device == "cuda" and max_rows is None and sub_batches is None
+    tuned = o.is_tuned(device, max_rows, sub_batches)
     with closing(listener):
         engine = load_engine(model, config, console, tuned=tuned)
         code = run_server(engine, settings, listener)

@@ -123,7 +123,7 @@ def run_batch(
         threads=threads,
         queue=UNBOUNDED_QUEUE,
     )
-    tuned = device == "cuda" and max_rows is None and sub_batches is None
+    tuned = o.is_tuned(device, max_rows, sub_batches)
     names = tuple(served_model_name or (model_name(model),))
     raise typer.Exit(_run(console, model, config, tuned, names, paths, seed))
 

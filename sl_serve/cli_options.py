@@ -302,6 +302,11 @@ def default_dtype(device: DeviceName) -> DTypeName:
     return "bfloat16" if device == "cuda" else "float32"
 
 
+def is_tuned(device: DeviceName, max_rows: int | None, sub_batches: int | None) -> bool:
+    """Whether the planner chooses the shape of a step: on a GPU, unless the user did."""
+    return device == "cuda" and max_rows is None and sub_batches is None
+
+
 def engine_config(
     *,
     device: DeviceName,

@@ -75,7 +75,7 @@ class Engine:
             sampling = request.sampling
             request.repeatable = sampling.seed is not None and sampling.temperature > 0
             if sampling.seed is None:
-                request.sampling = replace(request.sampling, seed=secrets.randbits(63))
+                request.sampling = replace(sampling, seed=secrets.randbits(63))
             request.arrival_s = time.monotonic()
         deliveries = {
             r.request_id: Delivery(r, self.tokenizer, self.max_model_len) for r in requests

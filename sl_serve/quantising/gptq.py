@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 
 from sl_serve.errors import UserError
-from sl_serve.quantising.scales import fit_groups, steps_above
+from sl_serve.quantising.scales import fit_groups
+from sl_serve.weights.above_minimum import steps_above
 from sl_serve.weights.groups import Grouped
 
 BLOCK_INPUTS = 128  # updated one by one; all later inputs once per block

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from sl_serve.weights.above_minimum import RANGES, fit, steps_above
 from sl_serve.weights.groups import Grouped, GroupFormat
 
-# Shares of a group's range. With 16 numbers to stand for them, most groups lose less by clipping
-# their largest ones than by coarser steps for all: which share, is tried (minimal squared error by
-# search: Choukroun et al., "Low-bit Quantization of Neural Networks for Efficient Inference",
-# arXiv 1902.06822).
-RANGES = (1.0, 0.93, 0.86, 0.79, 0.72)
-FITS = 3  # of scale and minimum; a fourth gains less than 0.5 % of the error
 LARGEST_FP8 = 448.0  # of e4m3fn
 PART_ELEMENTS = 1 << 20  # quantised at a time
 
@@ -51,43 +46,8 @@ def _eight_bit_floats(x: torch.Tensor) -> Grouped:
 
 
 def _above_minimum(x: torch.Tensor) -> Grouped:
-    """Numbers and the line through them improve each other by turns, from several ranges."""
-    low, high = x.amin(0), x.amax(0)
-    middle, half = (low + high) / 2, (high - low) / 2
-    best = torch.full_like(low, torch.inf)
-    found = _halves(half * (2 / 15), low)
-    for share in RANGES:
-        scales, minima = _halves(half * (share * 2 / 15), middle - half * share)
-        for _ in range(FITS):
-            scales, minima = _line(x, _above(x, scales, minima), scales)
-        steps = _above(x, scales, minima)
-        errors = steps.mul_(scales).add_(minima).sub_(x).square_().sum(0)
-        better = errors < best
-        best = torch.where(better, errors, best)
-        found = torch.where(better, scales, found[0]), torch.where(better, minima, found[1])
-    scales, minima = found
-    return Grouped(_above(x, scales, minima).to(torch.uint8), scales, None, minima)
-
-
-def _above(x: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor) -> torch.Tensor:
-    return (x - minima).mul_(_inverse(scales)).round_().clamp_(0, 15)
-
-
-def _line(
-    x: torch.Tensor, steps: torch.Tensor, scales: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of least squared error, x about scale * steps + minimum; with the scale that was where steps
-    are all alike."""
-    n, sum_x, sum_steps = len(x), x.sum(0), steps.sum(0)
-    spread = n * (steps * steps).sum(0) - sum_steps * sum_steps
-    slope = (n * (x * steps).sum(0) - sum_x * sum_steps) / spread
-    slope = torch.where((spread > 0) & (slope > 0), slope, scales).half().float()
-    return _halves(slope, (sum_x - slope * sum_steps) / n)
-
-
-def _halves(scales: torch.Tensor, minima: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the header has them."""
-    return scales.half().float(), minima.half().float()
+    scales, minima = fit(x)
+    return Grouped(steps_above(x, scales, minima).to(torch.uint8), scales, None, minima)
 
 
 def _integers(x: torch.Tensor, groups: GroupFormat) -> Grouped:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 from sl_serve.errors import UserError
 from sl_serve.models import load_family
-from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.groups import GROUP_FORMATS, GroupFormat, Kind, group_format
 from sl_serve.weights.host import expected_shapes
 from sl_serve.weights.quantise import PART_ELEMENTS, quantise
+from sl_serve.weights.wrapped import WrappedCheckpoint
 
 
 class _Wanted(NamedTuple):
@@ -51,64 +51,48 @@ def with_weights(checkpoint: Checkpoint, weights: str) -> Checkpoint:
     return RequantisedCheckpoint(checkpoint, _NAMES[weights])
 
 
-class RequantisedCheckpoint:
+class RequantisedCheckpoint(WrappedCheckpoint):
     """Matrices of layers, embedding and head in groups of `wanted`, or in bfloat16 for None.
     Vectors, and matrices whose rows no group divides, stay as they are."""
 
     def __init__(self, checkpoint: Checkpoint, wanted: _Wanted | None) -> None:
-        self.path, self.config = checkpoint.path, checkpoint.config
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint)
         self._groups = {} if wanted is None else _groups_of(checkpoint, wanted)
         self._short = set() if wanted is not None else _matrices(checkpoint).keys()
-
-    def names(self) -> Collection[str]:
-        return self._checkpoint.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._checkpoint.shape(name)
 
     def format(self, name: str) -> Format:
         if name in self._short:
             return plain(torch.bfloat16)
         groups = self._groups.get(name)
-        return self._checkpoint.format(name) if groups is None else groups.format
+        return self._inner.format(name) if groups is None else groups.format
 
     def read(self, name: str) -> torch.Tensor:
         if name in self._groups:
             return self.format(name).widen(self.read_blocks(name))
-        tensor = self._checkpoint.read(name)
+        tensor = self._inner.read(name)
         return tensor.bfloat16() if name in self._short else tensor
 
     def read_blocks(self, name: str) -> torch.Tensor:
         groups = self._groups.get(name)
         if groups is None:
-            return self._checkpoint.read_blocks(name)
+            return self._inner.read_blocks(name)
         n_out, n_in = self.shape(name)
         out = torch.empty(n_out, groups.format.row_bytes(n_in), dtype=torch.uint8)
-        stored = self._checkpoint.format(name)
+        stored = self._inner.format(name)
         if stored.dtype is not None:
-            quantise(self._checkpoint.read(name), groups, out)
+            quantise(self._inner.read(name), groups, out)
             return out
-        blocks, n_part = self._checkpoint.read_blocks(name), max(1, PART_ELEMENTS // n_in)
+        blocks, n_part = self._inner.read_blocks(name), max(1, PART_ELEMENTS // n_in)
         for start in range(0, n_out, n_part):
             rows = slice(start, start + n_part)
             quantise(stored.widen(blocks[rows]), groups, out[rows])
         return out
 
     def location(self, name: str) -> FileRange | None:
-        found = self._checkpoint.location(name)
+        found = self._inner.location(name)
         if found is None or name in self._groups or found.dtype != self.format(name).dtype:
             return None
         return found
-
-    def drop_pages(self) -> None:
-        self._checkpoint.drop_pages()
-
-    def load_tokenizer(self) -> Tokenizer:
-        return self._checkpoint.load_tokenizer()
-
-    def close(self) -> None:
-        self._checkpoint.close()
 
 
 def _matrices(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:

@@ -7,18 +7,10 @@ import pytest
 
 from server.settings import ServerSettings
 from tests.batch.jobs import Jobs
-from tests.server.conftest import LiveServer, toy_grammars
+from tests.server.conftest import LiveServer, engine, toy_grammars
 from tests.server.fake_engine import FakeEngine
 
-__all__ = ["toy_grammars"]
-
-
-@pytest.fixture
-def engine() -> Iterator[FakeEngine]:
-    engine = FakeEngine()
-    yield engine
-    engine.gate.set()
-    engine.close()
+__all__ = ["engine", "toy_grammars"]
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import torch
 
 from sl_serve.errors import UserError
 from sl_serve.quantising.gptq import DAMPING, gptq
-from sl_serve.quantising.scales import fit_groups, steps_above
+from sl_serve.quantising.scales import fit_groups
+from sl_serve.weights.above_minimum import steps_above
 from sl_serve.weights.groups import GROUP_FORMATS, Grouped
 
 pytestmark = pytest.mark.usefixtures("one_thread")

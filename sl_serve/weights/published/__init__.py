@@ -13,13 +13,13 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from sl_serve.errors import CheckpointError, ModelError
-from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.fields import Fields, read_json_object, shown
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import Format
 from sl_serve.weights.hf_folder import HfFolder
 from sl_serve.weights.published import awq, blocks, compressed_tensors, fp8, gptq
 from sl_serve.weights.published.packed import PackedMatrix
+from sl_serve.weights.wrapped import WrappedCheckpoint
 
 MAX_NAME_CHARS = 200
 log = logging.getLogger(__name__)
@@ -80,12 +80,12 @@ def _tell(folder: HfFolder, raw: Mapping[str, object], matrices: Mapping[str, Ma
         )
 
 
-class PublishedFolder:
+class PublishedFolder(WrappedCheckpoint):
     """Checkpoint over a folder some of whose matrices are quantised."""
 
     def __init__(self, folder: HfFolder, matrices: Mapping[str, Matrix]) -> None:
-        self.path, self.config = folder.path, folder.config
-        self._folder, self._matrices = folder, matrices
+        super().__init__(folder)
+        self._matrices = matrices
         parts = {part for matrix in matrices.values() for part in matrix.parts}
         self._names = (set(folder.names()) - parts) | matrices.keys()
 
@@ -94,28 +94,19 @@ class PublishedFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         matrix = self._matrices.get(name)
-        return self._folder.shape(name) if matrix is None else matrix.shape
+        return super().shape(name) if matrix is None else matrix.shape
 
     def read(self, name: str) -> torch.Tensor:
         matrix = self._matrices.get(name)
-        return self._folder.read(name) if matrix is None else matrix.read()
+        return super().read(name) if matrix is None else matrix.read()
 
     def format(self, name: str) -> Format:
         matrix = self._matrices.get(name)
-        return self._folder.format(name) if matrix is None else matrix.format
+        return super().format(name) if matrix is None else matrix.format
 
     def read_blocks(self, name: str) -> torch.Tensor:
         return self._matrices[name].blocks()
 
     def location(self, name: str) -> FileRange | None:
         matrix = self._matrices.get(name)
-        return self._folder.location(name) if matrix is None else matrix.location()
-
-    def drop_pages(self) -> None:
-        self._folder.drop_pages()
-
-    def load_tokenizer(self) -> Tokenizer:
-        return self._folder.load_tokenizer()
-
-    def close(self) -> None:
-        self._folder.close()
+        return super().location(name) if matrix is None else matrix.location()
