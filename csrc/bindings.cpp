@@ -70,7 +70,7 @@ class Core {
   void attend(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, uintptr_t rows,
               int64_t n_rows, uintptr_t chunks, int64_t base, int64_t n_heads,
               int64_t n_kv_heads, int64_t head_dim, Dtype kv_dtype, float scale, int64_t window,
-              float softcap, uintptr_t slopes, bool same_order) const {
+              float softcap, uintptr_t slopes, uintptr_t sinks, bool same_order) const {
     AttentionArgs a{};
     a.q = floats(q);
     a.q_stride = q_stride;
@@ -85,14 +85,15 @@ class Core {
     a.window = window;
     a.softcap = softcap;
     a.slopes = floats(slopes);
+    a.sinks = floats(sinks);
     a.same_order = same_order;
     kernels_->attend(a);
   }
 
-  void rope(uintptr_t x, int64_t line_stride, int64_t n_lines, int64_t n_heads, int64_t head_dim,
-            uintptr_t cos, uintptr_t sin) const {
-    kernels_->rope(floats(x), line_stride, n_lines, n_heads, head_dim, floats(cos), floats(sin),
-                   n_threads_);
+  void rope(uintptr_t x, int64_t line_stride, int64_t head_stride, int64_t n_lines,
+            int64_t n_heads, int64_t n_dims, uintptr_t cos, uintptr_t sin) const {
+    kernels_->rope(floats(x), line_stride, head_stride, n_lines, n_heads, n_dims, floats(cos),
+                   floats(sin), n_threads_);
   }
 
   void silu_mul(uintptr_t gate_up, uintptr_t out, int64_t n_lines, int64_t width) const {

@@ -109,6 +109,7 @@ struct AttentionArgs {
   int64_t window;       // a token sees so many positions, its own included
   float softcap;        // 0: none; else a score s becomes softcap * tanh(s / softcap)
   const float* slopes;  // null, or of each head: a score gets slope * (position - token's)
+  const float* sinks;   // null, or of each head: a score that takes weight and gives no value
   Dtype kv_dtype;       // plain, q8_0 or q4_1; lines of whole blocks
   bool same_order;      // of a token's sums however many come with it
   int n_threads;
@@ -134,10 +135,10 @@ struct Kernels {
   void (*append)(const AttentionArgs&);
   // Causal attention of every new token over its row's slab, itself included (append first).
   void (*attend)(const AttentionArgs&);
-  // Rotates pairs (i, i + head_dim/2) of n_heads heads a line, in place (RoFormer, arXiv
-  // 2104.09864). cos, sin: (n_lines, head_dim/2).
-  void (*rope)(float* x, int64_t line_stride, int64_t n_lines, int64_t n_heads, int64_t head_dim,
-               const float* cos, const float* sin, int n_threads);
+  // Rotates pairs (i, i + n_dims/2) of n_heads heads a line, in place (RoFormer, arXiv
+  // 2104.09864). cos, sin: (n_lines, n_dims/2).
+  void (*rope)(float* x, int64_t line_stride, int64_t head_stride, int64_t n_lines, int64_t n_heads,
+               int64_t n_dims, const float* cos, const float* sin, int n_threads);
   // out[l, i] = silu(gate_up[l, i]) * gate_up[l, width + i]
   void (*silu_mul)(const float* gate_up, float* out, int64_t n_lines, int64_t width,
                    int n_threads);

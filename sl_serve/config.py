@@ -18,21 +18,34 @@ LoadFormat = Literal["auto", "dummy"]  # as the model's files are, or random wei
 LOGITS_BLOCK_LINES = 256
 
 
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+
+
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Rotary positions. `kind` is Hugging Face's `rope_type`; fields are those of its kinds."""
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: RopeKind = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    original_max_positions: int = 8192  # llama3
+    original_max_positions: int = 8192  # llama3, yarn, longrope
+    n_dims: int | None = None  # the first so many elements of a head turn; None: all
+    amplitude: float = 1.0  # of cos and sin (yarn, longrope)
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: the ends of its ramp are whole numbers
+    # longrope: a divisor for each pair of elements; the long ones for texts that will be longer
+    # than original_max_positions.
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder. All sizes in elements."""
+    """The shape of a decoder. All sizes in elements. A family whose arithmetic has more settings
+    adds them in a class of its own."""
 
     family: str  # Hugging Face `model_type`; names the file in sl_serve/models
     n_layers: int
@@ -44,17 +57,24 @@ class ModelConfig:
     vocab_size: int
     max_positions: int
     norm_eps: float = 1e-5
-    # None: layers know no positions; they enter with the embedding.
-    rope: RopeConfig | None = field(default_factory=RopeConfig)
+    # Kinds of rotation, of which a layer takes one or none. Empty: layers know no positions; they
+    # enter with the embedding.
+    ropes: tuple[RopeConfig, ...] = (RopeConfig(),)
     tie_embeddings: bool = False
     attention_bias: bool = False  # biases on q, k, v and o
     mlp_bias: bool = False
     norm_first: bool = True  # norms before attention and MLP; False: after
     final_norm: bool = True
     embed_size: int | None = None  # width of embedding and head; None: hidden_size
+    logit_softcap: float | None = None  # a logit x becomes softcap * tanh(x / softcap)
     dtype: DTypeName = "float32"  # as stored in the checkpoint
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+
+    @property
+    def rotated_pairs(self) -> list[int]:
+        """Of a head's elements, by each kind of rotation."""
+        return [(rope.n_dims or self.head_dim) // 2 for rope in self.ropes]
 
     @property
     def q_size(self) -> int:

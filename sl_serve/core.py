@@ -116,6 +116,7 @@ class Request:
     priority: int = 0  # lower runs first
     arrival_s: float = 0.0  # time.monotonic() at submission
     constraint: Constraint | None = None  # of this output alone
+    most_tokens: int = 0  # that prompt and output may come to
     repeatable: bool = False  # drawn by a seed of its owner's: the same bits in any company
 
     output_ids: list[int] = field(default_factory=list)

@@ -76,7 +76,10 @@ class Engine:
             request.repeatable = sampling.seed is not None and sampling.temperature > 0
             if sampling.seed is None:
                 request.sampling = replace(sampling, seed=secrets.randbits(63))
-            request.arrival_s = time.monotonic()
+            most = self.max_model_len
+            if sampling.max_tokens is not None:
+                most = min(most, request.n_prompt + sampling.max_tokens)
+            request.most_tokens, request.arrival_s = most, time.monotonic()
         deliveries = {
             r.request_id: Delivery(r, self.tokenizer, self.max_model_len) for r in requests
         }

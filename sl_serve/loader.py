@@ -380,5 +380,6 @@ def _head(model: _Model, sweep: Sweep, plan: MemoryPlan, weight: HeadWeight) -> 
         return model.family.head_input(sweep.config, sweep.ops, sweep.static, x)
 
     lines = logits_lines(plan.max_rows)
-    eos = model.checkpoint.config.eos_token_ids
-    return Head(sweep.ops, weight, head_input, eos, lines, sweep.device.torch_device)
+    config, device = sweep.config, sweep.device.torch_device
+    eos, softcap = config.eos_token_ids, config.logit_softcap
+    return Head(sweep.ops, weight, head_input, eos, lines, device, softcap)

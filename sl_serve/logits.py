@@ -39,7 +39,7 @@ class RowResult(NamedTuple):
 
 class Head:
     """`weight`: the vocabulary matrix; `head_input`: what comes before it, the final norm;
-    `block_lines`: of logits at a time, all in one buffer."""
+    `block_lines`: of logits at a time, all in one buffer; `softcap`: as in ModelConfig."""
 
     def __init__(
         self,
@@ -49,12 +49,14 @@ class Head:
         eos_token_ids: Sequence[int],
         block_lines: int,
         torch_device: torch.device,
+        softcap: float | None = None,
     ) -> None:
         self._ops = ops
         self._weight = weight
         self._head_input = head_input
         self._eos_token_ids = eos_token_ids
         self._block_lines = block_lines
+        self._softcap = softcap
         shape = (block_lines, weight.n_rows)
         self._buffer = torch.empty(shape, dtype=ops.dtype, device=torch_device)
 
@@ -110,7 +112,10 @@ class Head:
         with closing(self._weight.pieces()) as pieces:
             for first, rows in pieces:
                 self._ops.logits(x, rows, out[:, first : first + len(rows)])
-        return out.float()
+        logits = out.float()
+        if self._softcap is not None:
+            logits.div_(self._softcap).tanh_().mul_(self._softcap)
+        return logits
 
 
 def _draws(work: RowWork) -> bool:

@@ -8,7 +8,7 @@ twin.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from sl_serve.hidden import HiddenStates
 from sl_serve.kv.attention import Attention
 from sl_serve.kv.pool import Slab
 from sl_serve.models import Block, Family, RopeTable, finish
-from sl_serve.models.rope import inverse_frequencies, rope_table
+from sl_serve.models.rope import Rotations
 from sl_serve.ops import Ops
 from sl_serve.stats import BytesMoved
 from sl_serve.weights.embedding import Embedding
@@ -53,10 +53,7 @@ class Sweep:
     hidden: HiddenStates
 
     def __post_init__(self) -> None:
-        rope = self.config.rope
-        self._inverse = (
-            self.device.upload(inverse_frequencies(rope, self.config.head_dim)) if rope else None
-        )
+        self._rotations = Rotations(self.config.ropes, self.config.head_dim, self.device.upload)
 
     def run(self, plan: StepPlan, slabs: Mapping[int, Slab]) -> Iterable[torch.Tensor]:
         """Hidden states after the last layer, (T, hidden) per sub-batch: all are to be taken, and
@@ -67,7 +64,7 @@ class Sweep:
         self.ops.same_order = plan.repeatable
         is_beside = self.attention.begin(sub_batches, slabs)
         self.hidden.begin(sub_batches, self._embed)
-        ropes = [self._rope(s) for s in sub_batches]
+        ropes = [self._ropes(s) for s in sub_batches]
         cells: dict[int, _Cell] = {}  # by sub-batch
         for half in halves(self.config.n_layers, is_beside):
             part, cell = half.part, half.layer * n + half.part
@@ -76,7 +73,7 @@ class Sweep:
                     layer = self.weights.acquire()
                 self.weights.advance(part, n)
                 x = self.hidden.open(cell)
-                cells[part] = self._start(cell, layer, x, ropes[part], is_beside[part])
+                cells[part] = self._start(cell, layer, x, ropes[part], is_beside)
             else:
                 self._finish(cell, cells.pop(part))
                 self.hidden.close(cell)
@@ -114,17 +111,19 @@ class Sweep:
     def _start(
         self,
         cell: int,
-        layer: LayerWeights,
+        w: LayerWeights,
         x: torch.Tensor,
-        rope: RopeTable | None,
-        is_beside: bool,
+        ropes: Sequence[RopeTable],
+        is_beside: Sequence[bool],
     ) -> _Cell:
-        """`is_beside`: its attention is not the device's, so the halves are told apart."""
+        """`is_beside`: of each sub-batch, whether its attention is not the device's, so that the
+        halves are told apart."""
+        layer, part = divmod(cell, len(is_beside))
         memory = self.weights.buffer()
-        block = self.family.block(self.config, self.ops, layer, x, rope)
+        block = self.family.block(self.config, self.ops, layer, w, x, ropes)
         new = next(block)
-        n_flops = 2.0 * len(x) * sum(w.numel() for w in layer.values())
-        if is_beside:
+        n_flops = 2.0 * len(x) * sum(p.numel() for p in w.values())
+        if is_beside[part]:
             n_before = 2.0 * len(x) * self.config.hidden_size * _qkv_size(self.config)
             self.device.computed(n_before, (memory,), "projections")
             n_flops -= n_before
@@ -144,10 +143,12 @@ class Sweep:
             self.config, self.ops, self.static, tokens, self._positions(plan)
         )
 
-    def _rope(self, plan: SubBatchPlan) -> RopeTable | None:
-        if self._inverse is None:
-            return None
-        return RopeTable(*rope_table(self._inverse, self._positions(plan)))
+    def _ropes(self, plan: SubBatchPlan) -> Sequence[RopeTable]:
+        if not self._rotations:
+            return ()
+        lengths = torch.tensor([w.request.most_tokens for w in plan.rows])
+        per_token = lengths.repeat_interleave(torch.tensor([w.n_new for w in plan.rows]))
+        return self._rotations.tables(self._positions(plan), per_token)
 
     def _positions(self, plan: SubBatchPlan) -> torch.Tensor:
         positions = torch.cat([torch.arange(w.start, w.stop) for w in plan.rows])

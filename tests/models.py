@@ -52,7 +52,7 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
         "bos_token_id": 257,
     }
     torch.manual_seed(0)
-    return _with_lively_vectors(LlamaForCausalLM(LlamaConfig(**(settings | changes))))
+    return with_lively_vectors(LlamaForCausalLM(LlamaConfig(**(settings | changes))))
 
 
 def tiny_opt(**changes: Any) -> OPTForCausalLM:
@@ -69,13 +69,13 @@ def tiny_opt(**changes: Any) -> OPTForCausalLM:
         "bos_token_id": 257,
     }
     torch.manual_seed(0)
-    return _with_lively_vectors(OPTForCausalLM(OPTConfig(**(settings | changes))))
+    return with_lively_vectors(OPTForCausalLM(OPTConfig(**(settings | changes))))
 
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def _with_lively_vectors(model: Model) -> Model:
+def with_lively_vectors(model: Model) -> Model:
     """transformers starts norms at 1 and biases at 0: make them matter."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

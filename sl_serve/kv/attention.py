@@ -10,7 +10,7 @@ import torch
 from sl_serve.core import SubBatchPlan
 from sl_serve.kv.access import KVAccess
 from sl_serve.kv.pool import Slab
-from sl_serve.ops import Ops
+from sl_serve.ops import CAUSAL, Ops, Scoring
 
 
 class Attention(Protocol):
@@ -28,7 +28,14 @@ class Attention(Protocol):
         """Take in the step's sub-batches; their slabs have room for the new tokens. True for
         those that are attended to beside the device: other cells may run meanwhile."""
 
-    def start(self, cell: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def start(
+        self,
+        cell: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scoring: Scoring = CAUSAL,
+    ) -> None:
         """q (T, Hq, D), k and v (T, Hk, D) of the cell's new tokens; they may be overwritten as
         soon as this returns. Cells are started in order."""
 
@@ -62,10 +69,17 @@ class DeviceAttention:
         self._kv.begin(sub_batches, slabs)
         return [False] * len(sub_batches)
 
-    def start(self, cell: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def start(
+        self,
+        cell: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scoring: Scoring = CAUSAL,
+    ) -> None:
         region, table = self._kv.open(cell)
         self._ops.append(region, table, k, v)
-        self._attended = self._ops.attend(region, table, q, k.shape[1])
+        self._attended = self._ops.attend(region, table, q, k.shape[1], scoring)
         self._kv.close(cell, k, v)
 
     def finish(self, cell: int) -> torch.Tensor:

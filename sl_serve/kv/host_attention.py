@@ -19,7 +19,7 @@ from sl_serve.device import Device, Event, HostWork, Stream
 from sl_serve.kv.host import HostKV
 from sl_serve.kv.pool import Slab
 from sl_serve.kv.rows import RowTable
-from sl_serve.ops import Ops
+from sl_serve.ops import CAUSAL, Ops, Scoring
 
 HOST_DTYPE = torch.float32  # of what is computed with here, whatever KV is stored as
 
@@ -75,6 +75,7 @@ class HostAttention:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="host-attention")
         self._sub_batches: list[_SubBatch] = []
         self._jobs: dict[int, _Job] = {}  # by sub-batch
+        self._scorings: dict[int, Scoring] = {}  # by layer, once seen
         self.n_bytes_down = 0
         self.n_bytes_up = 0
 
@@ -92,7 +93,14 @@ class HostAttention:
             n += plan.n_tokens
         return [self._is_beside] * len(sub_batches)
 
-    def start(self, cell: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def start(
+        self,
+        cell: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scoring: Scoring = CAUSAL,
+    ) -> None:
         layer, index = divmod(cell, len(self._sub_batches))
         sub_batch = self._sub_batches[index]
         packed, arriving = self._device_qkv[sub_batch.tokens], self._host_qkv[sub_batch.tokens]
@@ -101,7 +109,9 @@ class HostAttention:
         self._device.copy(Stream.STORE, _bytes_of(arriving), _bytes_of(packed), "queries, new KV")
         self.n_bytes_up += packed.nbytes
         arrived = self._device.record(Stream.STORE)
-        done = self._worker.submit(self._attend, arrived, layer, sub_batch)
+        done = self._worker.submit(
+            self._attend, arrived, layer, sub_batch, self._on_host(layer, scoring)
+        )
         self._jobs[index] = _Job(arrived, done)
 
     def finish(self, cell: int) -> torch.Tensor:
@@ -125,7 +135,15 @@ class HostAttention:
         """Waits for the worker; what it has not begun is dropped."""
         self._worker.shutdown(cancel_futures=True)
 
-    def _attend(self, arrived: Event, layer: int, sub_batch: _SubBatch) -> HostWork:
+    def _on_host(self, layer: int, scoring: Scoring) -> Scoring:
+        """Its numbers are the layer's own, the same in every step."""
+        if layer not in self._scorings:
+            self._scorings[layer] = scoring.to(torch.device("cpu"))
+        return self._scorings[layer]
+
+    def _attend(
+        self, arrived: Event, layer: int, sub_batch: _SubBatch, scoring: Scoring
+    ) -> HostWork:
         """On the worker's thread, whose mode is its own."""
         with torch.inference_mode():
             self._device.synchronize(arrived)
@@ -136,7 +154,7 @@ class HostAttention:
             q, k, v = torch.split_with_sizes(new, self._heads, dim=1)
             region = self._host.region(layer)
             self._ops.append(region, sub_batch.table, k, v)
-            attended = self._ops.attend(region, sub_batch.table, q, self._n_kv_heads)
+            attended = self._ops.attend(region, sub_batch.table, q, self._n_kv_heads, scoring)
             self._host_out[sub_batch.tokens].copy_(attended)
         return HostWork(start_s, time.perf_counter())
 

@@ -10,6 +10,7 @@ import torch
 from sl_serve.core import SubBatchPlan
 from sl_serve.kv.attention import Attention
 from sl_serve.kv.pool import Slab
+from sl_serve.ops import CAUSAL, Scoring
 
 
 class _Place(NamedTuple):
@@ -47,9 +48,16 @@ class SplitAttention:
                 is_beside[i] = b
         return is_beside
 
-    def start(self, cell: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def start(
+        self,
+        cell: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scoring: Scoring = CAUSAL,
+    ) -> None:
         attention, own_cell = self._own(cell)
-        attention.start(own_cell, q, k, v)
+        attention.start(own_cell, q, k, v, scoring)
 
     def finish(self, cell: int) -> torch.Tensor:
         attention, own_cell = self._own(cell)

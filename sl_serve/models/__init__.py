@@ -1,7 +1,7 @@
 """One file per family, named as Hugging Face's `model_type`: a set of pure functions.
 
-A family states its tensors (`layer_params`, `static_tensors`) and its arithmetic
-(`hidden_states`, `block`, `head_input`). Weights, activations and the past come as arguments;
+A family reads its settings (`model_config`), states its tensors (`layer_params`,
+`static_tensors`) and its arithmetic (`hidden_states`, `block`, `head_input`). Weights, activations and the past come as arguments;
 nothing is kept.
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.errors import ModelError
-from sl_serve.ops import Ops
+from sl_serve.ops import CAUSAL, Ops, Scoring
+from sl_serve.weights.fields import Fields
 from sl_serve.weights.layout import LayerWeights, Param
 
 SHARED_MODULES = frozenset({"parts", "rope"})
@@ -27,7 +28,7 @@ StaticTensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class RopeTable(NamedTuple):
-    cos: torch.Tensor  # (T, head_dim / 2)
+    cos: torch.Tensor  # (T, n_dims / 2)
     sin: torch.Tensor
 
 
@@ -37,6 +38,7 @@ class NewTokens(NamedTuple):
     q: torch.Tensor  # (T, Hq, D)
     k: torch.Tensor  # (T, Hk, D)
     v: torch.Tensor
+    scoring: Scoring = CAUSAL
 
 
 # A layer's pass, in two halves: it yields once, and is sent what the tokens' attention gave,
@@ -60,6 +62,10 @@ def run_block(block: Block, attend: Callable[[NewTokens], torch.Tensor]) -> None
 
 class Family(Protocol):
     """What a file in this folder offers."""
+
+    def model_config(self, fields: Fields, generation: Fields) -> ModelConfig:
+        """From config.json and generation_config.json. Raises ModelError for what the arithmetic
+        does not do, by name: no field that changes results is ignored."""
 
     def layer_params(self, config: ModelConfig) -> tuple[Param, ...]:
         """The tensors of one layer, in image order."""
@@ -85,13 +91,15 @@ class Family(Protocol):
         self,
         config: ModelConfig,
         ops: Ops,
+        layer: int,
         w: LayerWeights,
         x: torch.Tensor,
-        rope: RopeTable | None,
+        ropes: Sequence[RopeTable],
     ) -> Block:
-        """Pass x (T, hidden) through one layer, in place: yield the new tokens' queries, keys and
-        values, receive their attention, go on. `rope` is None where config.rope is. What the
-        first half makes and the second needs must not lie in a scratch buffer."""
+        """Pass x (T, hidden) through the layer with this number, in place: yield the new tokens'
+        queries, keys and values, receive their attention, go on. `ropes`: one for each of
+        config.ropes. What the first half makes and the second needs must not lie in a scratch
+        buffer."""
 
     def head_input(
         self, config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor

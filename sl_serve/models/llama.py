@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.models import Block, NewTokens, RopeTable, StaticTensors
 from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
 from sl_serve.ops import Ops
+from sl_serve.weights.fields import Fields
+from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
 PREFIX = "model.layers.{layer}."
+
+
+def model_config(fields: Fields, generation: Fields) -> ModelConfig:
+    fields.only("hidden_act", "silu")
+    return ModelConfig(
+        **decoder_fields(fields, generation),
+        attention_bias=fields.boolean("attention_bias", False),
+        mlp_bias=fields.boolean("mlp_bias", False),
+    )
 
 
 def layer_params(config: ModelConfig) -> tuple[Param, ...]:
@@ -52,12 +65,12 @@ def hidden_states(
 def block(
     config: ModelConfig,
     ops: Ops,
+    layer: int,
     w: LayerWeights,
     x: torch.Tensor,
-    rope: RopeTable | None,
+    ropes: Sequence[RopeTable],
 ) -> Block:
-    assert rope is not None
-    attended = yield new_tokens(config, ops, w, x, rope)
+    attended = yield new_tokens(config, ops, w, x, ropes[0])
     add_linear(ops, "o", x, attended, w)
     h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
     h = ops.silu_mul(linear(ops, "gate_up", h, w))

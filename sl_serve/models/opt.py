@@ -3,17 +3,57 @@ attention and MLP, and embedding and head are narrower than the layers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.models import Block, NewTokens, RopeTable, StaticTensors
 from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
+from sl_serve.errors import ModelError
 from sl_serve.ops import Ops
+from sl_serve.weights.fields import MAX_LAYERS, Fields
+from sl_serve.weights.hf_fields import bos_token_id, eos_token_ids, stored_dtype
 from sl_serve.weights.layout import LayerWeights, Param
 
 TOP = "model.decoder."
 PREFIX = TOP + "layers.{layer}."
 POSITION_OFFSET = 2  # lines of the table in front of that of position 0
+
+
+def model_config(fields: Fields, generation: Fields) -> ModelConfig:
+    fields.only("activation_function", "relu")
+    fields.only("layer_norm_elementwise_affine", True)
+    n_heads = fields.integer("num_attention_heads")
+    hidden_size = fields.integer("hidden_size")
+    if hidden_size % n_heads:
+        raise ModelError(f"{fields.source}: {n_heads} heads cannot share {hidden_size} elements")
+    vocab_size = fields.integer("vocab_size")
+    norm_first = fields.boolean("do_layer_norm_before", True)
+    has_biases = fields.boolean("enable_bias", True)
+    embed_size = fields.integer("word_embed_proj_dim", hidden_size)
+    return ModelConfig(
+        family=fields.text("model_type"),
+        n_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("ffn_dim"),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=hidden_size // n_heads,
+        vocab_size=vocab_size,
+        max_positions=fields.integer("max_position_embeddings", 2048),
+        norm_eps=1e-5,  # the same in all of them, and not among the settings
+        ropes=(),
+        tie_embeddings=fields.boolean("tie_word_embeddings", True),
+        attention_bias=has_biases,
+        mlp_bias=has_biases,
+        norm_first=norm_first,
+        final_norm=norm_first and not fields.boolean("_remove_final_layer_norm", False),
+        embed_size=None if embed_size == hidden_size else embed_size,
+        dtype=stored_dtype(fields),
+        eos_token_ids=eos_token_ids(fields, generation, vocab_size),
+        bos_token_id=bos_token_id(fields, vocab_size),
+    )
 
 
 def layer_params(config: ModelConfig) -> tuple[Param, ...]:
@@ -65,9 +105,10 @@ def hidden_states(
 def block(
     config: ModelConfig,
     ops: Ops,
+    layer: int,
     w: LayerWeights,
     x: torch.Tensor,
-    rope: RopeTable | None,
+    ropes: Sequence[RopeTable],
 ) -> Block:
     attended = yield new_tokens(config, ops, w, x)
     add_linear(ops, "o", x, attended, w)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+from torch.nn import functional as F
 
+from sl_serve.errors import ModelError
 from sl_serve.ops import Ops
+from sl_serve.weights.fields import Fields
 from sl_serve.weights.layout import LayerWeights, Param
 
 
@@ -26,6 +30,41 @@ def linear_params(
 
 def vector_param(name: str, source: str, size: int) -> Param:
     return Param(name, (size,), (source,), (size,))
+
+
+def norm_heads(ops: Ops, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """RMSNorm of each head of x (T, heads, D) by itself, in place."""
+    x.copy_(ops.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape))
+
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+_GELU_TANH = partial(F.gelu, approximate="tanh")
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": _GELU_TANH,
+    "gelu_fast": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "relu": F.relu,
+}
+
+
+def activation_name(fields: Fields, key: str, default: str) -> str:
+    """One of ACTIVATIONS. Raises ModelError for another."""
+    name = fields.text(key, default)
+    if name not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ModelError(f"{fields.source}: {key} {name[:40]!r} is not supported ({known})")
+    return name
+
+
+def gated(ops: Ops, activation: str, gate_up: torch.Tensor) -> torch.Tensor:
+    """The activation of the first half of each line times the second: (T, 2 I) -> (T, I)."""
+    if ACTIVATIONS[activation] is F.silu:
+        return ops.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate).mul_(up)
 
 
 def linear(ops: Ops, name: str, x: torch.Tensor, w: LayerWeights) -> torch.Tensor:

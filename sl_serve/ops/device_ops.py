@@ -152,7 +152,7 @@ class DeviceOps(TorchOps):
         n_rows, n_new, n_context = batch.group.n_rows, batch.group.n_new, batch.group.n_context
         n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[2], q.shape[2]
         q = q.view(n_rows, n_new, n_heads, head_dim)
-        if self._flash is not None:
+        if self._flash is not None and scoring.sinks is None:
             settings = {} if scoring is CAUSAL else _flash_settings(scoring)
             out = self._flash(q, k, v, cache_seqlens=batch.lengths, causal=True, **settings)
             return out.reshape(-1, n_heads * head_dim)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 MANY_POSITIONS = 1 << 62
+MAX_HEAD_DIM = 640  # kMaxHeadDim in csrc/attention.inc
 
 
 class NativeOps(TorchOps):
@@ -119,7 +120,7 @@ class NativeOps(TorchOps):
     ) -> torch.Tensor:
         _check_heads(q, table)
         n_tokens, n_heads, head_dim = q.shape
-        assert n_heads % n_kv_heads == 0 and head_dim <= 512
+        assert n_heads % n_kv_heads == 0 and head_dim <= MAX_HEAD_DIM
         out = self._scratch("attention", n_tokens, n_heads * head_dim)
         self._core.attend(
             q.data_ptr(),
@@ -134,18 +135,21 @@ class NativeOps(TorchOps):
             scoring.scale_for(head_dim),
             scoring.window or MANY_POSITIONS,
             scoring.softcap or 0.0,
-            _slopes(scoring, n_heads),
+            _of_heads(scoring.slopes, n_heads),
+            _of_heads(scoring.sinks, n_heads),
             self.same_order,
         )
         return out
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         n_tokens, n_heads, head_dim = x.shape
+        n_pairs = cos.shape[1]
         _check_lines(x)
-        assert x.stride(1) == head_dim and cos.shape == sin.shape == (n_tokens, head_dim // 2)
+        assert 2 * n_pairs <= head_dim and cos.shape == sin.shape == (n_tokens, n_pairs)
         assert cos.is_contiguous() and sin.is_contiguous()
+        line, head, _ = x.stride()
         self._core.rope(
-            x.data_ptr(), x.stride(0), n_tokens, n_heads, head_dim, cos.data_ptr(), sin.data_ptr()
+            x.data_ptr(), line, head, n_tokens, n_heads, 2 * n_pairs, cos.data_ptr(), sin.data_ptr()
         )
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -177,13 +181,13 @@ def _rows(region: KVRegion, table: RowTable) -> tuple[int, int, int, int]:
     return table.rows.ctypes.data, len(table.rows), table.chunks.ctypes.data, base
 
 
-def _slopes(scoring: Scoring, n_heads: int) -> int:
-    """Their address, or 0."""
-    if scoring.slopes is None:
+def _of_heads(numbers: torch.Tensor | None, n_heads: int) -> int:
+    """The address of one for each head, or 0."""
+    if numbers is None:
         return 0
-    _check_lines(scoring.slopes)
-    assert scoring.slopes.shape == (n_heads,)
-    return scoring.slopes.data_ptr()
+    _check_lines(numbers)
+    assert numbers.shape == (n_heads,)
+    return numbers.data_ptr()
 
 
 def _check_lines(x: torch.Tensor) -> None:

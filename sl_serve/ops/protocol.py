@@ -6,7 +6,7 @@ same name, for `linear`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,16 @@ class Scoring:
     window: int | None = None  # a token sees the last so many positions, its own included
     softcap: float | None = None  # None: scores as they are
     slopes: torch.Tensor | None = None  # (Hq,) float32, on the device (ALiBi, arXiv 2108.12409)
+    # (Hq,) float32, on the device: of each head a score beside those of keys, which takes weight
+    # and gives no value (attention sinks, arXiv 2309.17453, as gpt-oss learns them).
+    sinks: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Scoring:
+        """In float32."""
+        slopes, sinks = (
+            None if x is None else x.to(device, torch.float32) for x in (self.slopes, self.sinks)
+        )
+        return replace(self, slopes=slopes, sinks=sinks)
 
     def scale_for(self, head_dim: int) -> float:
         return head_dim**-0.5 if self.scale is None else self.scale
@@ -101,7 +111,8 @@ class Ops(Protocol):
         appended first). Returns (T, Hq * D)."""
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Rotate the pairs (i, i + D/2) of x (T, heads, D) in place; cos, sin: (T, D/2)."""
+        """Rotate the pairs (i, i + n/2) of the first n elements of each head of x (T, heads, D) in
+        place; cos, sin: (T, n/2)."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x (T, H) / sqrt(mean(x^2) + eps) * weight (H)."""

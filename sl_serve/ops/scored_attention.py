@@ -24,8 +24,8 @@ def scored_attention(
     if scoring.window is not None:
         seen &= distance > -scoring.window
     seen = seen.unsqueeze(-3)
-    if scoring.softcap is not None:
-        return _capped(q, k, v, distance, seen, scoring)
+    if scoring.softcap is not None or scoring.sinks is not None:
+        return _by_hand(q, k, v, distance, seen, scoring)
     mask = seen
     if scoring.slopes is not None:
         bias = scoring.slopes[:, None, None] * distance.unsqueeze(-3)
@@ -35,7 +35,7 @@ def scored_attention(
     )
 
 
-def _capped(
+def _by_hand(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -43,12 +43,16 @@ def _capped(
     seen: torch.Tensor,
     scoring: Scoring,
 ) -> torch.Tensor:
-    assert scoring.softcap is not None
     group = q.shape[-3] // k.shape[-3]
     k, v = (x.repeat_interleave(group, dim=-3) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)).float() * scoring.scale_for(q.shape[-1])
-    scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     if scoring.slopes is not None:
         scores += scoring.slopes[:, None, None] * distance.unsqueeze(-3)
-    weights = scores.masked_fill_(~seen, -torch.inf).softmax(dim=-1)
+    scores.masked_fill_(~seen, -torch.inf)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : k.shape[-2]]
     return weights.to(v.dtype) @ v

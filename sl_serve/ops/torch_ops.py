@@ -129,7 +129,7 @@ class TorchOps:
         return out.view(n_tokens, n_heads * head_dim)
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        lo, hi = x.chunk(2, dim=-1)
+        lo, hi = x[..., : 2 * cos.shape[1]].chunk(2, dim=-1)
         cos, sin = cos[:, None], sin[:, None]
         rotated = lo * cos - hi * sin
         hi.copy_(hi * cos + lo * sin)

@@ -40,9 +40,8 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype, n_tokens: int) -> i
         alive = _PeakBytes()
         with alive:
             x = torch.empty(n_tokens, model.hidden_size, dtype=dtype)
-            angles = torch.empty(n_tokens, model.head_dim // 2)
-            rope = None if model.rope is None else RopeTable(angles, torch.empty_like(angles))
-            run_block(family.block(model, TorchOps(dtype), weights, x, rope), _attend)
+            ropes = [RopeTable(*torch.empty(2, n_tokens, n)) for n in model.rotated_pairs]
+            run_block(family.block(model, TorchOps(dtype), 0, weights, x, ropes), _attend)
     return alive.peak_bytes
 
 

@@ -162,8 +162,7 @@ def _cell_seconds(ops: Ops, model: ModelConfig, format: KVFormat, n_tokens: int)
     }
     x = torch.ones(n_tokens, model.hidden_size, dtype=ops.dtype)
     attended = torch.ones(n_tokens, model.q_size, dtype=ops.dtype)
-    angles = torch.ones(n_tokens, model.head_dim // 2)
-    rope = None if model.rope is None else RopeTable(angles, angles)
+    ropes = [RopeTable(*torch.ones(2, n_tokens, n)) for n in model.rotated_pairs]
     rows = _rows(format, model, n_tokens, 1, context=16)
     without_products = cast(Ops, _WithoutProducts(ops))
 
@@ -172,7 +171,7 @@ def _cell_seconds(ops: Ops, model: ModelConfig, format: KVFormat, n_tokens: int)
         return attended
 
     return typical_seconds(
-        lambda: run_block(family.block(model, without_products, weights, x, rope), attend)
+        lambda: run_block(family.block(model, without_products, 0, weights, x, ropes), attend)
     )
 
 

@@ -108,7 +108,7 @@ def _with_prefill(
     buffers = n_hidden_buffers(scheduler.look_ahead) * of_sub_batch * line_bytes
     swaps_hidden = swaps_hidden and buffers < tokens * line_bytes
     states = 0 if swaps_hidden else tokens * line_bytes
-    rope = tokens * model.head_dim * ROPE_ITEMSIZE * (model.rope is not None)
+    rope = tokens * 2 * sum(model.rotated_pairs) * ROPE_ITEMSIZE
     intermediates = of_sub_batch * _intermediates_per_token(model, in_place) * itemsize
     n_slots = n_layer_slots(scheduler.look_ahead, config.host_attends)
     n_in_use = n_layers_in_use(scheduler.look_ahead, config.host_attends)

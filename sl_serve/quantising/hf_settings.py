@@ -9,7 +9,7 @@ from sl_serve.config import ModelConfig, RopeConfig
 
 def hf_settings(config: ModelConfig) -> dict[str, Any]:
     """Of a llama: no other family comes from GGUF files."""
-    assert config.family == "llama" and config.rope is not None
+    assert config.family == "llama" and len(config.ropes) == 1
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": config.family,
@@ -23,8 +23,8 @@ def hf_settings(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_scaling(config.rope),
+        "rope_theta": config.ropes[0].theta,
+        "rope_scaling": _rope_scaling(config.ropes[0]),
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch.nn import functional as F
 
 from sl_serve.errors import UserError
 from sl_serve.host_memory import host_empty
 from sl_serve.models import NewTokens, RopeTable, load_family, run_block
-from sl_serve.models.rope import inverse_frequencies, rope_table
+from sl_serve.models.rope import Rotations
 from sl_serve.ops import TorchOps
+from sl_serve.ops.scored_attention import scored_attention
 from sl_serve.quantising.gptq import gptq
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.groups import GROUP_FORMATS, Grouped, GroupFormat
@@ -71,7 +71,9 @@ class CalibratedLayers:
         self._ops = _WatchingOps()
         self._length = windows.shape[1]
         positions = torch.arange(self._length).repeat(len(windows))
-        self._rope = _rope(checkpoint, positions)
+        config = self._config
+        rotations = Rotations(config.ropes, config.head_dim, lambda table: table)
+        self._ropes = rotations.tables(positions, torch.full_like(positions, self._length))
         self._hidden = self._embedded(windows.flatten(), positions)
 
     def __iter__(self) -> Iterator[Blocks]:
@@ -81,7 +83,7 @@ class CalibratedLayers:
         for layer in range(self._config.n_layers):
             load_image(self._checkpoint, layout, layer, image)
             yield self._quantise(layer, views)
-            self._run(views, self._hidden)
+            self._run(layer, views, self._hidden)
 
     def _quantise(self, layer: int, views: Mapping[str, Weight]) -> Blocks:
         """The layer's matrices, which in `views` become what they are quantised to."""
@@ -106,7 +108,7 @@ class CalibratedLayers:
         self, layer: int, views: Mapping[str, Weight], w: torch.Tensor, groups: GroupFormat
     ) -> Grouped:
         self._ops.watch(w)
-        self._run(views, self._hidden.clone())
+        self._run(layer, views, self._hidden.clone())
         hessian = self._ops.hessian.div_(len(self._hidden))
         self._ops.watched = None
         try:
@@ -114,23 +116,25 @@ class CalibratedLayers:
         except UserError as error:
             raise UserError(f"layer {layer}: {error}") from None
 
-    def _run(self, views: Mapping[str, Weight], hidden: torch.Tensor) -> None:
+    def _run(self, layer: int, views: Mapping[str, Weight], hidden: torch.Tensor) -> None:
         """Pass `hidden` (tokens, hidden_size) through the layer, in place."""
         n_part = max(1, PASS_TOKENS // self._length) * self._length
         for start in range(0, len(hidden), n_part):
-            x = hidden[start : start + n_part]
-            rope = None
-            if self._rope is not None:
-                rope = RopeTable(*(table[start : start + n_part] for table in self._rope))
-            block = self._family.block(self._config, self._ops, views, x, rope)
+            part = slice(start, start + n_part)
+            ropes = [RopeTable(table.cos[part], table.sin[part]) for table in self._ropes]
+            x = hidden[part]
+            block = self._family.block(self._config, self._ops, layer, views, x, ropes)
             try:
                 run_block(block, self._attend)
             except _InputSeenError:
                 continue
 
     def _attend(self, new: NewTokens) -> torch.Tensor:
-        q, k, v = (t.view(-1, self._length, *t.shape[1:]).transpose(1, 2) for t in new)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        q, k, v = (
+            t.reshape(-1, self._length, *t.shape[1:]).transpose(1, 2) for t in (new.q, new.k, new.v)
+        )
+        positions = torch.arange(self._length)
+        out = scored_attention(q, k, v, positions, positions, new.scoring)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _embedded(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -142,11 +146,3 @@ class CalibratedLayers:
         w = load_static(self._checkpoint, others, torch.float32)
         states = self._family.hidden_states(self._config, self._ops, w, tokens, positions)
         return states.clone()  # not in a scratch buffer
-
-
-def _rope(checkpoint: Checkpoint, positions: torch.Tensor) -> RopeTable | None:
-    rope = checkpoint.config.rope
-    if rope is None:
-        return None
-    inverse = inverse_frequencies(rope, checkpoint.config.head_dim)
-    return RopeTable(*rope_table(inverse, positions))

@@ -95,7 +95,7 @@ def model_config_from_gguf(
         vocab_size=vocab_size,
         max_positions=fields.integer("context_length"),
         norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
-        rope=_rope(fields, head_dim, rope_factors),
+        ropes=(_rope(fields, head_dim, rope_factors),),
         tie_embeddings="output.weight" not in names,
         attention_bias=_any_bias(names, "attn_"),
         mlp_bias=_any_bias(names, "ffn_"),

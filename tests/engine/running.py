@@ -19,6 +19,7 @@ from sl_serve.llm import UNBOUNDED_QUEUE
 from sl_serve.loader import Parts, load
 from sl_serve.stats import StepStats
 from sl_serve.weights.checkpoint import open_checkpoint
+from sl_serve.weights.requantised import with_weights
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 KV_BYTES = 4 << 20
@@ -36,9 +37,10 @@ def engine(
     settings: EngineConfig,
     device: Device | None = None,
     change: Callable[[Parts], None] = lambda _: None,
+    weights: str = "auto",
 ) -> Iterator[Engine]:
     """`device` implies that `settings.device` is "sim"."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = with_weights(open_checkpoint(folder), weights)
     if device is not None:
         settings = replace(settings, device="sim")
     parts = load(checkpoint, settings, device=device)

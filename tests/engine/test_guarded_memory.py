@@ -66,7 +66,7 @@ def go_too_far(target: str) -> None:
     """By one number, past the checks of shapes."""
     x = guarded(torch.ones(1, 16))
     core = NativeOps(1, target)._core
-    core.rope(x.data_ptr() + x.itemsize, 16, 1, 1, 16, x.data_ptr(), x.data_ptr())
+    core.rope(x.data_ptr() + x.itemsize, 16, 16, 1, 1, 16, x.data_ptr(), x.data_ptr())
     print(SURVIVED)
 
 

@@ -15,33 +15,6 @@ from tests.engine.running import config, engine, random_prompts, requests_for
 from tests.models import TINY_MODELS, VOCAB_SIZE
 from tests.parity import Divergence, compare
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "llama-gqa": {},
-    "llama-mha": {"num_key_value_heads": 4},
-    "llama-mqa": {"num_key_value_heads": 1},
-    "llama-tied": {"tie_word_embeddings": True},
-    "llama-biases": {"attention_bias": True, "mlp_bias": True},
-    "llama-head_dim": {"head_dim": 24},
-    "llama-linear-rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "llama-llama3-rope": {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    },
-    "opt-plain": {},
-    "opt-norms-after": {"do_layer_norm_before": False},
-    "opt-no-final-norm": {"_remove_final_layer_norm": True},
-    "opt-narrow-embedding": {"word_embed_proj_dim": 32},
-    "opt-own-head": {"tie_word_embeddings": False},
-    "opt-no-biases": {"enable_bias": False},
-    "opt-odd-heads": {"hidden_size": 60, "word_embed_proj_dim": 60},
-}
-
-
 def news_of(
     folder: Path,
     prompts: list[list[int]],
@@ -55,51 +28,6 @@ def news_of(
         running.submit(requests)
         answers.wait()
     return answers.news
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_tiny_models_equal_transformers(variant: str, tmp_path: Path) -> None:
-    reference = TINY_MODELS[variant.partition("-")[0]](tmp_path, **VARIANTS[variant])
-    sampling = SamplingParams(
-        max_tokens=20, temperature=0, ignore_eos=True, logprobs=2, prompt_logprobs=1
-    )
-    prompts = random_prompts(6)
-    report = compare(reference, prompts, news_of(tmp_path, prompts, sampling))
-    assert report.worst_output < 1e-4
-    assert report.worst_prompt < 1e-4
-    assert [d for d in report.divergences if d.gap > 1e-4] == []
-
-
-@pytest.mark.parametrize("device", ["cpu", "sim"])
-@pytest.mark.parametrize("chunk", [512, 7], ids=["whole-prompts", "in-chunks"])
-@pytest.mark.parametrize("family", TINY_MODELS)
-def test_every_log_probability_at_every_position(
-    family: str, chunk: int, device: str, tmp_path: Path
-) -> None:
-    reference = TINY_MODELS[family](tmp_path)
-    prompts = random_prompts(5)
-    everything = SamplingParams(
-        max_tokens=8,
-        temperature=0,
-        ignore_eos=True,
-        logprobs=VOCAB_SIZE,
-        prompt_logprobs=VOCAB_SIZE,
-    )
-    simulated = SimDevice() if device == "sim" else None
-    for prompt, news in zip(
-        prompts, news_of(tmp_path, prompts, everything, chunk, simulated), strict=True
-    ):
-        said = [p for p in news[0].prompt_logprobs or () if p] + [n.logprobs[0] for n in news]
-        output = [t for n in news for t in n.token_ids]
-        assert len(said) == len(prompt) - 1 + 8
-        with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + output])).logits[0, :-1]
-        expected = torch.log_softmax(logits, dim=-1)
-        found = torch.empty(expected.shape)
-        for line, entry in zip(found, said, strict=True):
-            ids, values = zip(*entry.top, strict=True)
-            line[list(ids)] = torch.tensor(values)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

@@ -71,7 +71,7 @@ def test_smollm2_config_equals_transformers(smollm2_path: Path) -> None:
     assert ours.vocab_size == theirs.vocab_size
     assert ours.max_positions == theirs.max_position_embeddings
     assert ours.norm_eps == theirs.rms_norm_eps
-    assert ours.rope == RopeConfig(theirs.rope_parameters["rope_theta"])
+    assert ours.ropes == (RopeConfig(theirs.rope_parameters["rope_theta"]),)
     assert ours.tie_embeddings is theirs.tie_word_embeddings is True
     assert ours.eos_token_ids == (theirs.eos_token_id,)
     assert ours.bos_token_id == theirs.bos_token_id
@@ -119,7 +119,7 @@ def test_llama3_scaling_is_recognised(tmp_path: Path, factor: float, theta: floa
     settings = {"llama.attention.key_length": 64, "llama.rope.freq_base": theta}
     write_tiny_gguf(path, model, settings=settings, tensors={"rope_freqs.weight": factors})
     checkpoint = open_checkpoint(path)
-    assert checkpoint.config.rope == RopeConfig(theta, "llama3", factor, 1.0, 4.0, 8192)
+    assert checkpoint.config.ropes == (RopeConfig(theta, "llama3", factor, 1.0, 4.0, 8192),)
     assert "rope_freqs.weight" not in checkpoint.names()
     nearly = factors * np.where(np.arange(len(factors)) == 5, 1.01, 1).astype(np.float32)
     for others in (nearly, factors * 0, factors * 1e-9):
@@ -138,7 +138,7 @@ def test_linear_scaling_and_other_settings(tmp_path: Path) -> None:
     }
     write_tiny_gguf(path, tiny_llama(mlp_bias=True), settings=settings)
     config = open_checkpoint(path).config
-    assert config.rope == RopeConfig(10000.0, "linear", 4.0)
+    assert config.ropes == (RopeConfig(10000.0, "linear", 4.0),)
     assert config.eos_token_ids == (7, 11)
     assert config.bos_token_id is None
     assert (config.attention_bias, config.mlp_bias, config.tie_embeddings) == (False, True, False)

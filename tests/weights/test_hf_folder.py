@@ -61,7 +61,7 @@ def test_tensors_and_config_equal_transformers(layout: str, request: pytest.Fixt
     assert (ours.n_heads, ours.n_kv_heads, ours.head_dim) == (4, 2, theirs.head_dim)
     assert (ours.vocab_size, ours.intermediate_size, ours.max_positions) == (96, 96, 128)
     assert ours.norm_eps == theirs.rms_norm_eps
-    assert ours.rope == RopeConfig(theirs.rope_parameters["rope_theta"])
+    assert ours.ropes == (RopeConfig(theirs.rope_parameters["rope_theta"]),)
     assert ours.tie_embeddings is theirs.tie_word_embeddings is False
     assert (ours.eos_token_ids, ours.bos_token_id) == ((theirs.eos_token_id,), theirs.bos_token_id)
     assert ours.dtype == "float32"
@@ -101,7 +101,7 @@ def test_rotary_settings_of_both_dialects(
     folder: Path, changes: dict[str, Any], rope: tuple[Any, ...]
 ) -> None:
     change_config(folder, **({"rope_parameters": "absent"} | changes))
-    found = open_checkpoint(folder).config.rope
+    (found,) = open_checkpoint(folder).config.ropes
     assert (found.kind, found.theta, found.factor, found.original_max_positions) == rope
 
 

@@ -34,7 +34,7 @@ def config_of(**changes: Any) -> ModelConfig:
 def test_settings_left_out_are_those_of_most_published_ones() -> None:
     config = config_of(eos_token_id=2, bos_token_id=2)
     assert (config.head_dim, config.n_kv_heads, config.norm_eps) == (8, 3, 1e-5)
-    assert config.rope is None
+    assert config.ropes == ()
     assert config.norm_first and config.final_norm and config.tie_embeddings
     assert config.attention_bias and config.mlp_bias
     assert config.embed_size is None
