@@ -36,7 +36,7 @@ WORDS = ("river", "stone", "winter", "lamp", "garden", "letter", "bridge", "musi
 PROMPT_WORDS = (16, 96)  # from, to: of unequal length, as real ones are
 POLL_S = 0.02
 PROBE_TOKENS = 4  # that an interactive request generates
-# As a form that answers of some length fill: a table of rows.
+# As a form that answers of some length fill: a table of rows, the longest well within max_tokens.
 SCHEMA = {
     "type": "array",
     "minItems": 2,
@@ -44,7 +44,7 @@ SCHEMA = {
     "items": {
         "type": "object",
         "properties": {
-            "name": {"type": "string", "maxLength": 20},
+            "name": {"type": "string", "pattern": "^[a-z]{2,12}$"},
             "count": {"type": "integer", "minimum": 0, "maximum": 999},
             "kind": {"enum": ["small", "medium", "large"]},
         },

@@ -124,6 +124,10 @@ class Request:
     sequence_no: int = 0  # order of admission among equals
 
     @property
+    def is_background(self) -> bool:
+        return self.priority >= BACKGROUND_PRIORITY
+
+    @property
     def n_prompt(self) -> int:
         return len(self.prompt_ids)
 

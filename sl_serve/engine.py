@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ class Engine:
         self._observers: list[StepObserver] = []
         self._totals = Totals()
         self._limit = StepLimit()
+        self._background_waited = False  # in the last step
         self._state = EngineState.RUNNING
         self._reason: str | None = None
         self._changed = threading.Condition()  # guards what other threads touch
@@ -175,9 +177,20 @@ class Engine:
             memory.n_sub_batches,
             memory.max_sub_batch_tokens,
             self._limit.tokens,
+            self._background_tokens(),
         )
         if plan.sub_batches:
             self._step(plan)
+
+    def _background_tokens(self) -> int:
+        """Where a step takes as long as it has tokens, one that reads an interactive prompt is no
+        longer than one in which every row decodes; not twice in a row, or a stream of prompts would
+        hold up the others. Where layers stream to a device, tokens more or less make no
+        difference."""
+        residents = self._parts.residents
+        waits = self._parts.sweep.device.in_place and residents.has_waiting_prompt
+        self._background_waited = waits and not self._background_waited
+        return len(residents) if self._background_waited else sys.maxsize
 
     def _take_out_aborted(self) -> None:
         with self._changed:

@@ -24,11 +24,12 @@ def pack(
     n_sub_batches: int,
     max_sub_batch_tokens: int,
     max_tokens: int = sys.maxsize,
+    background_tokens: int = sys.maxsize,
 ) -> StepPlan:
     """Plan one step over the residents; empty when there are none. A sub-batch may have no fewer
     tokens than any slab. Rows for which `max_tokens` of the step, at least one, leaves nothing wait
-    for a later one."""
-    works = _choose_rows(residents, prefill_budget_tokens, max_tokens)
+    for a later one; so do background rows where the step has `background_tokens` already."""
+    works = _choose_rows(residents, prefill_budget_tokens, max_tokens, background_tokens)
     by_slab: dict[int, list[RowWork]] = defaultdict(list)
     for work in works:
         by_slab[work.slab].append(work)
@@ -87,11 +88,13 @@ def _n_all(by_slab: Mapping[int, list[RowWork]]) -> int:
 
 
 def _choose_rows(
-    residents: Residents, prefill_budget_tokens: int, max_tokens: int
+    residents: Residents, prefill_budget_tokens: int, max_tokens: int, background_tokens: int
 ) -> list[RowWork]:
-    works = []
+    works: list[RowWork] = []
     left, room = prefill_budget_tokens, max_tokens
-    for request in residents:  # oldest first
+    for request in residents:  # interactive ones first, the oldest of each first
+        if request.is_background:
+            room = min(room, max(0, background_tokens - _n_tokens(works)))
         remaining = request.n_tokens - request.n_cached
         n_new = min(1 if remaining == 1 else min(remaining, left), room)
         if n_new == 0:

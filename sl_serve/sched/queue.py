@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from sl_serve.config import QueueConfig
-from sl_serve.core import BACKGROUND_PRIORITY, Request
+from sl_serve.core import Request
 from sl_serve.errors import QueueFullError, RequestError
 from sl_serve.sched.residents import seniority
 
@@ -93,7 +93,7 @@ class WaitingQueue:
 
 
 def _counts(request: Request) -> bool:
-    return request.priority < BACKGROUND_PRIORITY
+    return not request.is_background
 
 
 def _cost_tokens(request: Request) -> int:

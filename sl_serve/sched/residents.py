@@ -62,6 +62,11 @@ class Residents:
         """Oldest first."""
         return iter(sorted(self._requests(), key=seniority))
 
+    @property
+    def has_waiting_prompt(self) -> bool:
+        """An interactive row's, to be read or read on."""
+        return any(not r.is_background and r.n_tokens - r.n_cached > 1 for r in self._requests())
+
     def __contains__(self, request: Request) -> bool:
         return request.request_id in self._places
 

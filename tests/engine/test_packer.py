@@ -182,6 +182,19 @@ def test_the_heaviest_slab_is_placed_first() -> None:
     assert [s.n_tokens for s in plan.sub_batches] == [4, 4]
 
 
+def test_background_rows_take_what_an_interactive_prompt_leaves() -> None:
+    """Four rows: a step as long as one in which all decode, or as the prompt is."""
+    decoding = Row(5, 1, -1, 10, priority=1)
+    for n_prompt, expected in ((1, 4), (3, 4), (4, 4), (9, 9)):
+        rows = [decoding, decoding, Row(30, 0, 0, 40, priority=1), Row(n_prompt, 0, 0, 20, 0)]
+        residents = Case(rows, 100, 1).residents()
+        plan = pack(residents, 100, 1, UNBOUNDED, background_tokens=len(rows))
+        works = works_of(plan)
+        assert works["3"].n_new == n_prompt
+        assert sum(w.n_new for w in works.values()) == expected
+        assert works.keys() >= ({"0", "1"} if n_prompt < 3 else set())
+
+
 def test_nobody_to_run_gives_an_empty_plan() -> None:
     _, plan = packed(Case([], 100, 3))
     assert plan == StepPlan(())
