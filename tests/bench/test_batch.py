@@ -67,7 +67,7 @@ def test_report_and_table() -> None:
 
 
 def test_valid_is_what_the_schema_says() -> None:
-    row = {"name": "a", "count": 1, "kind": "small"}
+    row = {"name": "ab", "count": 1, "kind": "small"}
     good = json.dumps([row, row])
     wrong = [json.dumps([row]), json.dumps([row, row | {"count": -1}]), good[:-1], "", "{}"]
     assert n_valid([good, *wrong]) == 1
