@@ -1,8 +1,8 @@
 """One file per family, named as Hugging Face's `model_type`: a set of pure functions.
 
 A family reads its settings (`model_config`), states its tensors (`layer_params`,
-`static_tensors`) and its arithmetic (`hidden_states`, `block`, `head_input`). Weights, activations and the past come as arguments;
-nothing is kept.
+`static_tensors`) and its arithmetic (`hidden_states`, `block`, `head_input`). Weights, activations
+and the past come as arguments; nothing is kept.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from sl_serve.config import ModelConfig
+from sl_serve.errors import ModelError
 from sl_serve.models import Block, NewTokens, RopeTable, StaticTensors
 from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
-from sl_serve.errors import ModelError
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import MAX_LAYERS, Fields
 from sl_serve.weights.hf_fields import bos_token_id, eos_token_ids, stored_dtype
@@ -125,7 +125,8 @@ def block(
 def new_tokens(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) -> NewTokens:
     h = norm(config, ops, "attention_norm", x, w) if config.norm_first else x
     qkv = linear(ops, "qkv", h, w).view(len(h), 3, config.n_heads, config.head_dim)
-    return NewTokens(*qkv.unbind(1))
+    q, k, v = qkv.unbind(1)
+    return NewTokens(q, k, v)
 
 
 def norm(

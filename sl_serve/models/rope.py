@@ -31,18 +31,17 @@ class Rotations:
     def __bool__(self) -> bool:
         return bool(self._ropes)
 
-    def tables(
-        self, positions: torch.Tensor, final_lengths: torch.Tensor
-    ) -> tuple[RopeTable, ...]:
+    def tables(self, positions: torch.Tensor, final_lengths: torch.Tensor) -> tuple[RopeTable, ...]:
         """Of tokens at `positions` (T,), on the device, of texts that may become as long as
         `final_lengths` (T,) says, on the host: a text is turned in one way from its first token to
         its last."""
         found = []
         for rope, inverse, long in zip(self._ropes, self._inverses, self._long, strict=True):
+            frequencies = inverse
             if long is not None:
                 is_long = self._upload(final_lengths > rope.original_max_positions)
-                inverse = torch.where(is_long[:, None], long, inverse)
-            found.append(rope_table(inverse, positions, rope.amplitude))
+                frequencies = torch.where(is_long[:, None], long, inverse)
+            found.append(rope_table(frequencies, positions, rope.amplitude))
         return tuple(found)
 
 
@@ -95,9 +94,7 @@ def _yarn(waves: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     return 1.0 / (rope.factor * waves) * slowed + 1.0 / waves * (1 - slowed)
 
 
-def rope_table(
-    inverse: torch.Tensor, positions: torch.Tensor, amplitude: float = 1.0
-) -> RopeTable:
+def rope_table(inverse: torch.Tensor, positions: torch.Tensor, amplitude: float = 1.0) -> RopeTable:
     """cos and sin, each (T, n_dims / 2), of the tokens at `positions` (T,). `inverse`: (n_dims / 2)
     or (T, n_dims / 2)."""
     angles = positions[:, None].float() * inverse

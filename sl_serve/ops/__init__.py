@@ -8,10 +8,10 @@ import torch
 
 from sl_serve.config import DTypeName
 from sl_serve.device import Device
-from sl_serve.ops.protocol import KVRegion, Ops, Scoring
+from sl_serve.ops.protocol import CAUSAL, KVRegion, Ops, Scoring
 from sl_serve.ops.torch_ops import TorchOps
 
-__all__ = ["KVRegion", "Ops", "Scoring", "TorchOps", "choose_ops"]
+__all__ = ["CAUSAL", "KVRegion", "Ops", "Scoring", "TorchOps", "choose_ops"]
 
 logger = logging.getLogger(__name__)
 

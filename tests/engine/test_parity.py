@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sl_serve.core import SamplingParams, TokenOut
-from sl_serve.device import Device, SimDevice
+from sl_serve.device import Device
 from tests.engine.running import config, engine, random_prompts, requests_for
-from tests.models import TINY_MODELS, VOCAB_SIZE
+from tests.models import TINY_MODELS
 from tests.parity import Divergence, compare
+
 
 def news_of(
     folder: Path,
