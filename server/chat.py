@@ -39,6 +39,7 @@ class ChatCompletions:
         text = engine.tokenizer.render_chat(
             [message.for_template() for message in body.messages],
             tools=None if tools is None else tools.for_template(),
+            settings=body.template_settings(),
         )
         # the template writes the special tokens itself
         prompt = Prompt(engine.tokenizer.encode(text, add_special_tokens=False))

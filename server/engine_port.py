@@ -44,6 +44,7 @@ class TokenizerPort(Protocol):
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
+        settings: Mapping[str, object] | None = None,
     ) -> str:
         """Raises RequestError where the template refuses the messages or there is none."""
         ...

@@ -29,6 +29,7 @@ from pydantic_core import ErrorDetails
 
 from server.limits import nesting_exceeds
 from sl_serve.admission import INTEGERS, LOGIT_BIAS, RANGES, Range
+from sl_serve.chat_template import GIVEN_NAMES
 from sl_serve.errors import RequestError
 
 MAX_LOGIT_BIAS = 1024
@@ -197,7 +198,21 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool = True
 
 
-TEMPLATE_FIELDS = {"role", "name", "tool_call_id", "tool_calls"}
+TEMPLATE_FIELDS = {"role", "name", "tool_call_id", "tool_calls", "reasoning_content"}
+
+
+def read_template_settings(value: object) -> dict[str, Any]:
+    """Switches of a model's own, such as enable_thinking; what other fields say is theirs."""
+    if not isinstance(value, dict):
+        raise ValueError("should be an object")
+    for name in sorted(value.keys() & GIVEN_NAMES):
+        raise ValueError(f"should not have '{name}', which comes from other fields")
+    return value
+
+
+TemplateSettings = Annotated[
+    dict[str, Any], PlainValidator(read_template_settings), WithJsonSchema({"type": "object"})
+]
 
 
 class CalledFunction(Body):
@@ -227,10 +242,13 @@ class Message(Body):
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[MadeCall] | None = None
+    reasoning_content: str | None = None
 
     def for_template(self) -> dict[str, object]:
         """What a chat template may read; nothing else a client sends reaches it."""
         others = self.model_dump(include=TEMPLATE_FIELDS, exclude_none=True)
+        if self.reasoning_content is not None:  # as gpt-oss calls it
+            others["thinking"] = self.reasoning_content
         return {"content": self.content, **others}
 
 
@@ -288,6 +306,14 @@ class ChatBody(GenerationBody):
     tools: Tools = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
+    chat_template_kwargs: TemplateSettings = Field(default_factory=dict)
+    reasoning_effort: str | None = None
+
+    def template_settings(self) -> dict[str, Any]:
+        """What the chat template may read beside messages and tools."""
+        effort = self.reasoning_effort
+        given = {} if effort is None else {"reasoning_effort": effort}
+        return {**given, **self.chat_template_kwargs}
 
 
 class TokenizeBody(Body):
@@ -296,6 +322,7 @@ class TokenizeBody(Body):
     messages: Messages = Field(default_factory=list)
     add_special_tokens: bool | None = None  # true for a prompt, false for messages
     add_generation_prompt: bool = True
+    chat_template_kwargs: TemplateSettings = Field(default_factory=dict)
     return_token_strs: bool = False
 
 

@@ -57,6 +57,7 @@ def _tokenize(context: ServerContext, raw: bytes) -> dict[str, Any]:
         text = tokenizer.render_chat(
             [message.for_template() for message in body.messages],
             add_generation_prompt=body.add_generation_prompt,
+            settings=body.chat_template_kwargs,
         )
         special = body.add_special_tokens is True
     ids = tokenizer.encode(text or "", add_special_tokens=special)

@@ -20,6 +20,7 @@ from sl_serve.errors import RequestError
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_RENDERED_CHARS = 64 << 20
 MAX_RENDER_S = 10.0  # a long chat takes milliseconds
+GIVEN_NAMES = frozenset({"messages", "tools", "add_generation_prompt"})  # what `others` cannot set
 
 
 class ChatTemplate:
@@ -34,20 +35,20 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None,
-        special_tokens: Mapping[str, str],
+        others: Mapping[str, Any],
     ) -> str:
-        """The prompt's text. Raises RequestError with the template's own reason."""
+        """The prompt's text. `others`: more that the template may read: special tokens by their
+        names, switches of the model's own. Raises RequestError with the template's own reason."""
         pieces: list[str] = []
         n_chars = 0
         try:
             self._environment.start()
-            for piece in self._compiled.generate(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **special_tokens,
-            ):
+            given = {
+                "messages": messages,
+                "tools": tools,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            for piece in self._compiled.generate({"documents": None, **others, **given}):
                 pieces.append(piece)
                 n_chars += len(piece)
                 if n_chars > MAX_RENDERED_CHARS:

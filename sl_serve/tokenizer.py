@@ -104,8 +104,10 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a chat, special tokens included: encode it with add_special_tokens=False.
+        `settings`: what else the template may read, such as enable_thinking.
 
         Raises RequestError without a template or when the template refuses the messages."""
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
@@ -117,7 +119,7 @@ class Tokenizer:
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
-            special_tokens=self._special_tokens,
+            others={**self._special_tokens, **(settings or {})},
         )
 
     def detokenizer(

@@ -14,7 +14,7 @@ def render(source: str) -> str:
         [{"role": "user", "content": "Hi"}],
         add_generation_prompt=True,
         tools=None,
-        special_tokens={"bos_token": "<s>"},
+        others={"bos_token": "<s>"},
     )
 
 
@@ -77,7 +77,7 @@ def test_each_rendering_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> Non
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
     for _ in range(2):
         rendered = template.render(
-            [{"content": "Hi"}], add_generation_prompt=False, tools=None, special_tokens={}
+            [{"content": "Hi"}], add_generation_prompt=False, tools=None, others={}
         )
         assert rendered == "Hi"
         time.sleep(0.25)

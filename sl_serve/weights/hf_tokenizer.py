@@ -28,6 +28,8 @@ def load_hf_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     tokenizer.json alone says what is put around a text, as in transformers 5; add_bos_token in
     tokenizer_config.json is for the older files."""
     settings = _optional_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:  # older folders: special tokens have their own file
+        settings |= _optional_json(folder / "special_tokens_map.json")
     if (folder / "tokenizer.json").is_file():
         backend = _load_backend(folder / "tokenizer.json")
     else:
@@ -66,13 +68,16 @@ def _convert_with_transformers(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> Jinja source; "default" is the one for every request without a better one."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        if path.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes are no chat template")
-        return {"default": path.read_text(encoding="utf-8", errors="replace")}
+    """Name -> Jinja source; "default" is the one for every request without a better one. Files go
+    before settings, as in transformers."""
+    paths = {p.stem: p for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    paths["default"] = folder / "chat_template.jinja"
+    in_files = {name: _read_template(path) for name, path in paths.items() if path.is_file()}
+    if in_files:
+        return in_files
     written = settings.get("chat_template")
+    if written is None:  # folders of models that also see images had a file of its own for it
+        written = _optional_json(folder / "chat_template.json").get("chat_template")
     if isinstance(written, str):
         return {"default": _encodable(written)}
     entries = written if isinstance(written, list) else []
@@ -83,6 +88,12 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
         and isinstance(entry.get("name"), str)
         and isinstance(entry.get("template"), str)
     }
+
+
+def _read_template(path: Path) -> str:
+    if path.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes are no chat template")
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _token_text(value: object) -> str | None:

@@ -57,12 +57,15 @@ class ToyTokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
+        settings: Mapping[str, object] | None = None,
     ) -> str:
         if messages[-1]["content"] == "refuse me":
             raise RequestError("the template refuses", "messages")
         text = "".join(f"[{m['role']}]{m['content']}" for m in messages)
         if tools is not None:
             text = f"[tools]{json.dumps(tools)}{text}"
+        if settings:
+            text = f"[settings]{json.dumps(settings)}{text}"
         return text + "[assistant]" * add_generation_prompt
 
 

@@ -197,3 +197,27 @@ async def test_refused_with_the_field_named(
     error = response.json()["error"]
     assert (error["param"], error["code"]) == (param, code)
     assert error["type"] == "invalid_request_error"
+
+
+async def test_switches_of_the_template(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    body = {"messages": HI, "max_tokens": 1, "chat_template_kwargs": {"enable_thinking": False}}
+    await client.post(PATH, json=body)
+    assert engine.submitted[0].prompt_ids == ids_of(
+        '[settings]{"enable_thinking": false}[user]hi[assistant]'
+    )
+    await client.post(PATH, json={"messages": HI, "max_tokens": 1, "reasoning_effort": "low"})
+    assert engine.submitted[1].prompt_ids == ids_of(
+        '[settings]{"reasoning_effort": "low"}[user]hi[assistant]'
+    )
+    counted = await client.post("/tokenize", json=body)
+    assert counted.json()["tokens"] == engine.submitted[0].prompt_ids
+
+
+@pytest.mark.parametrize("given", [{"messages": []}, {"tools": []}, [], "x"])
+async def test_switches_cannot_stand_for_other_fields(
+    client: httpx.AsyncClient, given: object
+) -> None:
+    for path in (PATH, "/tokenize"):
+        response = await client.post(path, json={"messages": HI, "chat_template_kwargs": given})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "chat_template_kwargs"

@@ -186,3 +186,32 @@ def test_refusals(folder: Path) -> None:
     backend.save(str(folder / "tokenizer.json"))
     with pytest.raises(ModelError, match="decoder WordPiece"):
         load(folder)
+
+
+def test_templates_in_files_of_their_own(folder: Path) -> None:
+    write_byte_level(folder, chat_template="of the settings")
+    (folder / "chat_template.jinja").write_text("plain")
+    others = folder / "additional_chat_templates"
+    others.mkdir()
+    (others / "tool_use.jinja").write_text("tools")
+    ours, theirs = load(folder), AutoTokenizer.from_pretrained(folder)
+    for tools in (None, TOOLS):
+        rendered = theirs.apply_chat_template(MESSAGES, tools=tools, tokenize=False)
+        assert ours.render_chat(MESSAGES, tools=tools) == rendered
+    assert (ours.chat_template, ours.tool_template) == ("plain", "tools")
+
+
+def test_a_template_in_the_file_of_older_folders(folder: Path) -> None:
+    write_byte_level(folder)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "plain"}))
+    assert load(folder).chat_template == "plain"
+
+
+@pytest.mark.parametrize("newer", [{}, {"added_tokens_decoder": {}}])
+def test_special_tokens_in_the_file_of_older_folders(folder: Path, newer: dict[str, Any]) -> None:
+    write_byte_level(folder, **newer)
+    names = {"eos_token": {"content": "<tool>"}, "pad_token": "<pad>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    ours, theirs = load(folder), AutoTokenizer.from_pretrained(folder)
+    assert (ours.pad_token, ours.eos_token) == (theirs.pad_token, theirs.eos_token)
+    assert ours.eos_token == ("</s>" if newer else "<tool>")
