@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
@@ -18,17 +18,10 @@ from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_pre_tokenizers import Cut, cut_by_name
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types
 _SPACE = "\u2581"  # SentencePiece's visible space
-
-_WORDS = (  # the split of Llama 3 and Qwen 2, which differ in how many digits go together
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-_GPT2_NAMES = ("gpt-2", "default")
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
 def load_gguf_tokenizer(settings: Mapping[str, Any], config: ModelConfig, source: str) -> Tokenizer:
@@ -36,15 +29,16 @@ def load_gguf_tokenizer(settings: Mapping[str, Any], config: ModelConfig, source
     fields = Fields(settings, source, prefix="tokenizer.ggml.")
     tokens = _tokens(fields)
     model = fields.text("model")
+    starts_with_bos = True
     if model == "gpt2":
-        backend = _byte_level(fields, tokens)
+        cut = cut_by_name(fields.text("pre"), source)
+        backend, starts_with_bos = _byte_level(fields, tokens, cut), cut.starts_with_bos
     elif model == "llama":
         backend = _sentencepiece(fields, tokens)
     else:
         raise ModelError(f"{source}: tokenizer {model[:40]!r} is not supported (gpt2, llama)")
     _add_marked_tokens(backend, fields, tokens)
     special = _special_tokens(fields, tokens)
-    starts_with_bos = model == "llama" or fields.text("pre") in _LLAMA3_NAMES
     _set_added_ends(backend, fields, special, starts_with_bos)
     return Tokenizer(
         backend,
@@ -79,17 +73,14 @@ def _numbers(fields: Fields, key: str, count: int) -> list[Any]:
     return numbers
 
 
-def _byte_level(fields: Fields, tokens: Sequence[str]) -> Backend:
-    pre_tokenizer = _pre_tokenizer(fields)
+def _byte_level(fields: Fields, tokens: Sequence[str], cut: Cut) -> Backend:
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     written = _texts(fields, "merges")
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in written)]
-    # Llama 3 takes a whole word that is a token as it stands, whatever the merges would make of it.
-    whole_words = fields.text("pre") in _LLAMA3_NAMES
-    backend = _backend(fields, vocab=vocab, merges=merges, ignore_merges=whole_words)
-    if fields.text("pre") == "qwen2":
+    backend = _backend(fields, vocab=vocab, merges=merges, ignore_merges=cut.whole_words)
+    if cut.composes:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(cut.steps))
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -99,22 +90,6 @@ def _backend(fields: Fields, **options: Any) -> Backend:
         return Backend(models.BPE(**options))
     except Exception as error:  # the package raises nothing narrower
         raise CheckpointError(f"{fields.source}: vocabulary: {str(error)[:160]!r}") from None
-
-
-def _pre_tokenizer(fields: Fields) -> pre_tokenizers.PreTokenizer:
-    """How text is cut before merging; the file gives only a name, so an unknown one is refused."""
-    name = fields.text("pre")
-    if name in _GPT2_NAMES:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if name == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    if name in (*_LLAMA3_NAMES, "qwen2"):
-        words = Regex(_WORDS % ("" if name == "qwen2" else "{1,3}"))
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), to_bytes])
-    known = ", ".join((*_GPT2_NAMES, "smollm", *_LLAMA3_NAMES, "qwen2"))
-    raise ModelError(f"{fields.source}: pre-tokenizer {name[:40]!r} is not supported ({known})")
 
 
 def _sentencepiece(fields: Fields, tokens: Sequence[str]) -> Backend:

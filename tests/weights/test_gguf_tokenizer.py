@@ -19,6 +19,16 @@ from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.gguf_tokenizer import load_gguf_tokenizer
 
 CONFIG = ModelConfig("llama", 1, 8, 8, 1, 1, 8, 512, 64, eos_token_ids=(1,), bos_token_id=0)
+CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+SUFFIX"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*SUFFIX"
+)
+CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DEEPSEEK_WORDS = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -63,6 +73,66 @@ def load(settings: dict[str, Any]) -> Tokenizer:
 def words(tokenizer: Tokenizer, text: str) -> list[str]:
     pieces = tokenizer._backend.pre_tokenizer.pre_tokenize_str(text)
     return [text[start:stop] for _, (start, stop) in pieces]
+
+
+# As llama.cpp has them: each expression cuts what the one before it left.
+IN_TURN = {
+    "dbrx": [LLAMA3_SPLIT],
+    "glm4": [LLAMA3_SPLIT],
+    "stablelm2": [LLAMA3_SPLIT.replace("{1,3}", "")],
+    "qwen35": [
+        LLAMA3_SPLIT.replace("{1,3}", "")
+        .replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")
+        .replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+    ],
+    "seed-coder": [
+        LLAMA3_SPLIT.replace("{1,3}", "").replace(
+            r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+"
+        )
+    ],
+    "tekken": [CASED.replace("SUFFIX", "") + r"|\p{N}" + CASED_REST],
+    "gpt-4o": [CASED.replace("SUFFIX", f"{CONTRACTIONS}?") + r"|\p{N}{1,3}" + CASED_REST],
+    "deepseek-v3": [r"\p{N}{1,3}", "[一-龥\u3040-ヿ]+", DEEPSEEK_WORDS],
+    "deepseek-coder": [
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        "[一-龥\u0800-一가-\ud7ff]+",
+        r"\p{N}",
+    ],
+    # Here, as in the published tokenizer, digits are looked for after bytes have become characters.
+    "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"],
+    "starcoder": [r"\p{N}", GPT2_SPLIT],
+    "command-r": [r"\p{N}", GPT2_SPLIT],
+    "olmo": [GPT2_SPLIT],
+    "phi-2": [GPT2_SPLIT],
+    "bloom": [" ?[^\\s|.,!?…。\uff0c、।\u06d4،()]+"],
+}
+
+
+def cut_in_turn(text: str, expressions: list[str]) -> list[str]:
+    parts = [text]
+    for expression in expressions:
+        cuts = [regex.split(f"({expression})", part) for part in parts]
+        parts = [piece for cut in cuts for piece in cut if piece]
+    return parts
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "ONE OneTwo/three\n\n(四五六)か 7890 שלום e\u0301a नमस्ते-x _y $z\n"]
+)
+def test_further_pre_tokenizers_cut_like_their_expressions(name: str, text: str) -> None:
+    if name == "falcon":
+        text = text.encode("ascii", "ignore").decode()
+    assert words(load(byte_level_settings(name)), text) == cut_in_turn(text, IN_TURN[name])
+
+
+def test_words_that_are_tokens_and_added_begins_by_name() -> None:
+    for name in IN_TURN:
+        tokenizer = load(byte_level_settings(name, merges=["h e", "l l"]))
+        pieces = [tokenizer.token_text(i) for i in tokenizer.encode("hell")]
+        assert pieces == (["<s>", "hell"] if name == "tekken" else ["he", "ll"])
 
 
 @pytest.fixture(scope="module")
