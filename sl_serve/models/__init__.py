@@ -61,7 +61,8 @@ def run_block(block: Block, attend: Callable[[NewTokens], torch.Tensor]) -> None
 
 
 class Family(Protocol):
-    """What a file in this folder offers."""
+    """What a file in this folder offers. If llama.cpp's converter writes the family, also `GGUF`, a
+    GgufDialect."""
 
     def model_config(self, fields: Fields, generation: Fields) -> ModelConfig:
         """From config.json and generation_config.json. Raises ModelError for what the arithmetic

@@ -11,10 +11,12 @@ from sl_serve.models import Block, NewTokens, RopeTable, StaticTensors
 from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import LLAMA_ROWS, GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
 PREFIX = "model.layers.{layer}."
+GGUF = GgufDialect("llama", rows=LLAMA_ROWS)
 
 
 def model_config(fields: Fields, generation: Fields) -> ModelConfig:

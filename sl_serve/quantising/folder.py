@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 
 from sl_serve.errors import UserError
 from sl_serve.plan.budget import gib
-from sl_serve.quantising.hf_settings import hf_settings
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.fields import read_json_object
+from sl_serve.weights.gguf_file import hf_settings
 from sl_serve.weights.published.blocks import METHOD, VERSION
 
 SHARD_BYTES = 2 << 30  # written at once; a layer is never cut in two
@@ -125,7 +125,7 @@ def write_settings(
             if (source / name).is_file():
                 shutil.copyfile(source / name, to / name)
     else:
-        settings = hf_settings(checkpoint.config)
+        settings = hf_settings(source)
         checkpoint.load_tokenizer().save(to)
     layout = {"quant_method": METHOD, "version": VERSION, "formats": formats}
     settings["quantization_config"] = {**layout, "calibration": calibration}

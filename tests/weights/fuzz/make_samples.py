@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sl_serve.config import RopeConfig
-from sl_serve.weights.gguf_config import ROPE_FACTORS, llama3_rope_factors
+from sl_serve.weights.gguf_rope import LLAMA3_FACTORS, llama3_rope_factors
 from tests.models import tiny_opt, write_tokenizer
 from tests.weights.fuzz.sample import GgufParts, Sample
 from tests.weights.published_models import awq, gptq, one_byte, pack_quantized, write_stored_blocks
@@ -119,7 +119,7 @@ def _ggufs(root: Path) -> list[Sample]:
         root / "scaled.gguf",
         tiny_llama(**one_layer, head_dim=8, attention_bias=True),
         settings=BYTE_LEVEL | scaled,
-        tensors={ROPE_FACTORS: factors},
+        tensors={LLAMA3_FACTORS: factors},
     )
     return [_gguf(root / f"{name}.gguf") for name in ("plain", "blocks", "scaled")]
 

@@ -1,0 +1,62 @@
+"""What llama.cpp's converter does to one family only: a family states it as `GGUF` in its file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sl_serve.config import ModelConfig
+
+Fields = Mapping[str, Any]  # as in config.json
+# Where the rows of a tensor are in the file, in Hugging Face's order.
+RowOrder = Callable[[ModelConfig], np.ndarray[Any, Any]]
+
+
+def _nothing(_fields: Fields, _tensors: Collection[str]) -> Fields:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufDialect:
+    """Names of tensors are no part of it: the gguf package has them."""
+
+    architecture: str  # general.architecture
+    # Setting, without the architecture -> key of config.json, where not as in most families.
+    settings: Mapping[str, str] = field(default_factory=dict)
+    # The key for how much of a head is rotated, as a share of it; None: all is.
+    rotary_share: str | None = None
+    # Fields that follow from others and from the names of tensors: what llama.cpp has in its code
+    # and not in the file.
+    derived: Callable[[Fields, Collection[str]], Fields] = _nothing
+    rows: Mapping[str, RowOrder] = field(default_factory=dict)  # module, by the end of its name
+    norm_offset: float = 0.0  # what the file's norms have more than Hugging Face's
+
+
+def _rotated_pairs(n_heads: int, head_dim: int) -> np.ndarray[Any, Any]:
+    """The file's rows of a head are for rotating neighbours (2i, 2i + 1); here, as in Hugging
+    Face's, i and i + head_dim / 2 turn together."""
+    rows = np.arange(n_heads * head_dim).reshape(n_heads, head_dim // 2, 2)
+    return rows.swapaxes(1, 2).reshape(-1)
+
+
+def _query_rows(config: ModelConfig) -> np.ndarray[Any, Any]:
+    return _rotated_pairs(config.n_heads, config.head_dim)
+
+
+def _key_rows(config: ModelConfig) -> np.ndarray[Any, Any]:
+    return _rotated_pairs(config.n_kv_heads, config.head_dim)
+
+
+LLAMA_ROWS: Mapping[str, RowOrder] = {"q_proj": _query_rows, "k_proj": _key_rows}
+
+
+def grouped_rows(config: ModelConfig) -> np.ndarray[Any, Any]:
+    """Queries, keys, values one after another in the file; in Hugging Face's each key head stands
+    behind the query heads that share it, and its value head behind it."""
+    groups, dim = config.n_kv_heads, config.head_dim
+    queries = np.arange(config.q_size).reshape(groups, -1, dim)
+    keys = config.q_size + np.arange(config.kv_size).reshape(groups, 1, dim)
+    return np.concatenate([queries, keys, keys + config.kv_size], axis=1).reshape(-1)

@@ -1,0 +1,143 @@
+"""Writes GGUF files as llama.cpp's convert_hf_to_gguf.py does, restated from there: names and keys
+are the gguf package's, rows and numbers are changed element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from tokenizers import pre_tokenizers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tests.models import BOS, EOS
+from tests.weights.tiny_models import permuted
+
+Kind = gguf.GGMLQuantizationType
+Writer = gguf.GGUFWriter
+
+
+def no_more(_writer: Writer, _config: PretrainedConfig) -> None:
+    pass
+
+
+def unchanged(_name: str, array: np.ndarray, _config: PretrainedConfig) -> np.ndarray:
+    return array
+
+
+@dataclass(frozen=True)
+class Converter:
+    """What is done for one architecture. `settings`: beside those of all."""
+
+    arch: gguf.MODEL_ARCH
+    settings: Callable[[Writer, PretrainedConfig], None] = no_more
+    change: Callable[[str, np.ndarray, PretrainedConfig], np.ndarray] = unchanged
+
+
+def for_rotated_neighbours(name: str, array: np.ndarray, config: PretrainedConfig) -> np.ndarray:
+    if "q_proj" in name:
+        return permuted(array, config.num_attention_heads)
+    return permuted(array, config.num_key_value_heads) if "k_proj" in name else array
+
+
+def by_kind(name: str, array: np.ndarray, config: PretrainedConfig) -> np.ndarray:
+    """All queries, all keys, all values, of a fused projection that has them by key head."""
+    if "query_key_value" not in name:
+        return array
+    n_heads = config.num_attention_heads
+    n_kv_heads = getattr(config, "num_kv_heads", None) or n_heads
+    if getattr(config, "multi_query", False) and not config.new_decoder_architecture:
+        n_kv_heads = 1
+    dim, per_group = config.hidden_size // n_heads, n_heads // n_kv_heads
+    rows: dict[str, list[int]] = {"q": [], "k": [], "v": []}
+    for row in range(len(array)):
+        place = row // dim % (per_group + 2)
+        rows["q" if place < per_group else "k" if place == per_group else "v"].append(row)
+    return array[rows["q"] + rows["k"] + rows["v"]]
+
+
+def with_one_more(name: str, array: np.ndarray, _config: PretrainedConfig) -> np.ndarray:
+    return array + 1 if name.endswith("norm.weight") else array
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    how: Converter,
+    kind: Kind = Kind.F32,
+    part_tensors: int = 0,
+) -> None:
+    """`kind`: of matrices. `part_tensors`: at most so many in each of several files; 0: one
+    file."""
+    writer = gguf.GGUFWriter(
+        str(path), gguf.MODEL_ARCH_NAMES[how.arch], split_max_tensors=part_tensors
+    )
+    write_common_settings(writer, model.config)
+    how.settings(writer, model.config)
+    write_tokenizer(writer, model.config.vocab_size)
+    names = gguf.get_tensor_name_map(how.arch, model.config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        stored = names.get_name(name.removeprefix("transformer."), (".weight", ".bias"))
+        stored = stored or names.get_name(name, (".weight", ".bias"))
+        assert stored is not None, name
+        array = how.change(name, tensor.float().numpy(), model.config)
+        used = kind if array.ndim == 2 else Kind.F32
+        writer.add_tensor(stored, gguf.quantize(array, used), raw_dtype=used)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_common_settings(writer: Writer, config: PretrainedConfig) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(getattr(config, "max_position_embeddings", 2048))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", 4 * config.hidden_size))
+    writer.add_head_count(config.num_attention_heads)
+    if hasattr(config, "num_key_value_heads"):
+        writer.add_head_count_kv(config.num_key_value_heads)
+    if getattr(config, "head_dim", None) is not None:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if hasattr(config, name):
+            writer.add_layer_norm_eps(getattr(config, name))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" in rope:
+        write_rope(writer, config)
+
+
+def write_rope(writer: Writer, config: PretrainedConfig) -> None:
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1) * head_dim))
+
+
+def write_tokenizer(writer: Writer, vocab_size: int) -> None:
+    """As tests.models writes it, with one merge, without which there is no BPE."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), EOS, BOS, "ab"]
+    n_padding = vocab_size - len(tokens)
+    kinds = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in range(n_padding))])
+    writer.add_token_types([*kinds, *[gguf.TokenType.UNUSED] * n_padding])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(256)
+    writer.add_bos_token_id(257)

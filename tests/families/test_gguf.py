@@ -1,0 +1,168 @@
+"""GGUF files, written as llama.cpp's converter does, against transformers' own logits."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sl_serve.errors import CheckpointError, ModelError
+from sl_serve.models import load_family, supported_families
+from sl_serve.weights.checkpoint import open_checkpoint
+from tests.engine.running import random_prompts
+from tests.families.gguf_converters import CONVERTERS
+from tests.families.gguf_writer import Kind, write_gguf
+from tests.families.harness import Tiny, check, news_of
+
+# Variants beside the plain one; others have no counterpart in the format, or change nothing there.
+VARIANTS = {
+    "llama": ["many-key-heads", "one-key-head", "tied", "biases", "linear-rope", "yarn-rope"],
+    "mistral": [],
+    "qwen2": [],
+    "qwen3": [],
+    "phi3": [],
+    "olmo2": [],
+    "granite": [],
+    "smollm3": [],
+    "gemma": [],
+    "gemma2": [],
+    "gemma3_text": [],
+    "gpt_neox": [],
+    "falcon": [],
+}
+CASES = [
+    (family, variant)
+    for family, variants in VARIANTS.items()
+    if family in supported_families()
+    for variant in ["", *variants]
+]
+# transformers reads these architectures from GGUF files itself.
+READ_BY_TRANSFORMERS = {"llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"}
+
+
+def tiny_of(family: str) -> Tiny:
+    tiny = importlib.import_module(f"tests.families.test_{family}").TINY
+    assert isinstance(tiny, Tiny)
+    return tiny
+
+
+def write(folder: Path, family: str, variant: str = "", **options: object) -> PreTrainedModel:
+    """The reference; the file is model.gguf."""
+    reference = tiny_of(family).write(folder / "hf", variant)
+    write_gguf(folder / "model.gguf", reference, CONVERTERS[family], **options)  # type: ignore[arg-type]
+    return reference
+
+
+def check_logits(path: Path, reference: PreTrainedModel) -> None:
+    prompts = random_prompts(3)
+    check(reference, prompts, news_of(path, prompts))
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_logits_are_those_of_the_folder(family: str, variant: str, tmp_path: Path) -> None:
+    reference = write(tmp_path, family, variant)
+    check_logits(tmp_path / "model.gguf", reference)
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_settings_are_those_of_the_folder(family: str, variant: str, tmp_path: Path) -> None:
+    write(tmp_path, family, variant)
+    ours, folder = (open_checkpoint(tmp_path / name) for name in ("model.gguf", "hf"))
+    for name in folder.names():
+        torch.testing.assert_close(ours.read(name), folder.read(name).float(), rtol=0, atol=1e-6)
+    ours.close()
+    folder.close()
+
+
+@pytest.mark.parametrize("family", sorted({f for f, _ in CASES} & READ_BY_TRANSFORMERS))
+def test_transformers_reads_the_same_tensors(family: str, tmp_path: Path) -> None:
+    """A second opinion on the writer of these tests."""
+    write(tmp_path, family)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).state_dict()
+    ours = open_checkpoint(tmp_path / "model.gguf")
+    for name in ours.names():
+        torch.testing.assert_close(ours.read(name), theirs[name], rtol=0, atol=1e-6)
+    ours.close()
+
+
+def test_every_statement_is_tested() -> None:
+    stated = {f for f in supported_families() if hasattr(load_family(f), "GGUF")}
+    assert stated == {family for family, _ in CASES} - {"mistral"}  # written as a Llama
+    architectures = [load_family(family).GGUF.architecture for family in stated]  # type: ignore[attr-defined]
+    assert len(set(architectures)) == len(architectures)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.BF16])
+@pytest.mark.parametrize("family", sorted({f for f, _ in CASES} & {"llama", "falcon", "gemma2"}))
+def test_quantised_types(family: str, kind: Kind, tmp_path: Path) -> None:
+    """As transformers computes with the numbers that the blocks stand for."""
+    reference = write(tmp_path, family, kind=kind)
+    path = tmp_path / "model.gguf"
+    checkpoint, parameters = open_checkpoint(path), reference.state_dict()
+    with torch.no_grad():
+        for name in checkpoint.names():
+            changed = (parameters[name] - checkpoint.read(name)).abs().max()
+            assert changed < 0.2
+            parameters[name].copy_(checkpoint.read(name))
+    assert checkpoint.format(checkpoint_matrix(checkpoint.names())).name == kind.name.lower() or (
+        kind == Kind.BF16
+    )
+    checkpoint.close()
+    prompts = random_prompts(3)
+    check(reference, prompts, news_of(path, prompts), 1e-3)
+
+
+def checkpoint_matrix(names: object) -> str:
+    return next(name for name in names if name.endswith("down_proj.weight"))  # type: ignore[attr-defined]
+
+
+PART = "model-{:05}-of-{:05}.gguf"
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    write(tmp_path, "llama", part_tensors=9)
+    return sorted(tmp_path.glob("model-*.gguf"))
+
+
+def test_a_model_in_parts(tmp_path: Path) -> None:
+    reference = write(tmp_path, "llama", part_tensors=9)
+    first, *others = sorted(tmp_path.glob("model-*.gguf"))
+    assert first.name == PART.format(1, 1 + len(others)) and len(others) > 1
+    check_logits(first, reference)
+
+
+def test_parts_are_opened_from_the_first(parts: list[Path]) -> None:
+    with pytest.raises(ModelError, match=f"part 2 of {len(parts)}; give the first one's path"):
+        open_checkpoint(parts[1])
+    alone = parts[0].with_name("alone.gguf")
+    parts[0].rename(alone)
+    with pytest.raises(ModelError, match=r"the first of . parts must be called NAME-00001-of-"):
+        open_checkpoint(alone)
+
+
+def test_a_missing_part_is_named(parts: list[Path]) -> None:
+    parts[2].unlink()
+    with pytest.raises(CheckpointError, match=f"{parts[2].name}: this part is missing"):
+        open_checkpoint(parts[0])
+
+
+def test_a_foreign_part_is_refused(parts: list[Path], tmp_path: Path) -> None:
+    whole = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(CheckpointError, match=f"{parts[1].name}: not part 2 of"):
+        open_checkpoint(parts[0])
+    parts[1].write_bytes(whole)
+    folder = tmp_path / "other"
+    folder.mkdir()
+    write(folder, "llama", "biases", part_tensors=15)
+    others = sorted(folder.glob("model-*.gguf"))
+    assert len(others) == len(parts)
+    parts[1].write_bytes(others[1].read_bytes())
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        open_checkpoint(parts[0])
