@@ -9,7 +9,7 @@ import torch
 from sl_serve.config import ModelConfig
 from sl_serve.models import Block, NewTokens, RopeTable, StaticTensors
 from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
-from sl_serve.ops import Ops
+from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.gguf_dialect import LLAMA_ROWS, GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
@@ -29,16 +29,32 @@ def model_config(fields: Fields, generation: Fields) -> ModelConfig:
 
 
 def layer_params(config: ModelConfig) -> tuple[Param, ...]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    attn, mlp = PREFIX + "self_attn.", PREFIX + "mlp."
-    qkv = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
-    qkv = {attn + name: size for name, size in qkv.items()}
-    gate_up = {mlp + name: inner for name in ("gate_proj", "up_proj")}
+    return decoder_params(config, config.attention_bias, config.attention_bias)
+
+
+def decoder_params(config: ModelConfig, qkv_bias: bool, o_bias: bool) -> tuple[Param, ...]:
+    hidden = config.hidden_size
     return (
         vector_param("input_norm", PREFIX + "input_layernorm.weight", hidden),
-        *linear_params("qkv", hidden, qkv, config.attention_bias),
-        *linear_params("o", config.q_size, {attn + "o_proj": hidden}, config.attention_bias),
+        *attention_params(config, qkv_bias, o_bias),
         vector_param("post_norm", PREFIX + "post_attention_layernorm.weight", hidden),
+        *mlp_params(config),
+    )
+
+
+def attention_params(config: ModelConfig, qkv_bias: bool, o_bias: bool) -> tuple[Param, ...]:
+    hidden, attn = config.hidden_size, PREFIX + "self_attn."
+    qkv = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
+    return (
+        *linear_params("qkv", hidden, {attn + name: n for name, n in qkv.items()}, qkv_bias),
+        *linear_params("o", config.q_size, {attn + "o_proj": hidden}, o_bias),
+    )
+
+
+def mlp_params(config: ModelConfig) -> tuple[Param, ...]:
+    hidden, inner, mlp = config.hidden_size, config.intermediate_size, PREFIX + "mlp."
+    gate_up = {mlp + name: inner for name in ("gate_proj", "up_proj")}
+    return (
         *linear_params("gate_up", hidden, gate_up, config.mlp_bias),
         *linear_params("down", inner, {mlp + "down_proj": hidden}, config.mlp_bias),
     )
@@ -73,20 +89,52 @@ def block(
     ropes: Sequence[RopeTable],
 ) -> Block:
     attended = yield new_tokens(config, ops, w, x, ropes[0])
-    add_linear(ops, "o", x, attended, w)
-    h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
-    h = ops.silu_mul(linear(ops, "gate_up", h, w))
-    add_linear(ops, "down", x, h, w)
+    second_half(config, ops, w, x, attended)
 
 
 def new_tokens(
-    config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor, rope: RopeTable
+    config: ModelConfig,
+    ops: Ops,
+    w: LayerWeights,
+    x: torch.Tensor,
+    rope: RopeTable | None,
+    scoring: Scoring = CAUSAL,
 ) -> NewTokens:
     h = ops.rms_norm(x, w["input_norm"], config.norm_eps)
-    qkv = linear(ops, "qkv", h, w).view(len(h), -1, config.head_dim)
+    return rotated(config, ops, all_heads(config, ops, w, h), rope, scoring)
+
+
+def all_heads(config: ModelConfig, ops: Ops, w: LayerWeights, h: torch.Tensor) -> torch.Tensor:
+    """Queries, keys and values of h (T, hidden), side by side: (T, Hq + 2 Hk, D)."""
+    return linear(ops, "qkv", h, w).view(len(h), -1, config.head_dim)
+
+
+def rotated(
+    config: ModelConfig,
+    ops: Ops,
+    heads: torch.Tensor,
+    rope: RopeTable | None,
+    scoring: Scoring = CAUSAL,
+) -> NewTokens:
+    """`heads` as `all_heads` gives them, its queries and keys turned, unless `rope` is None."""
     n_q, n_kv = config.n_heads, config.n_kv_heads
-    ops.rope_(qkv[:, : n_q + n_kv], rope.cos, rope.sin)
-    return NewTokens(qkv[:, :n_q], qkv[:, n_q : n_q + n_kv], qkv[:, n_q + n_kv :])
+    if rope is not None:
+        ops.rope_(heads[:, : n_q + n_kv], rope.cos, rope.sin)
+    return NewTokens(heads[:, :n_q], heads[:, n_q : n_q + n_kv], heads[:, n_q + n_kv :], scoring)
+
+
+def second_half(
+    config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor, attended: torch.Tensor
+) -> None:
+    """What follows attention, in place on x (T, hidden)."""
+    add_linear(ops, "o", x, attended, w)
+    h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
+    add_linear(ops, "down", x, gated_up(ops, w, h), w)
+
+
+def gated_up(ops: Ops, w: LayerWeights, h: torch.Tensor) -> torch.Tensor:
+    """The MLP of h (T, hidden) up to its last product: (T, intermediate)."""
+    return ops.silu_mul(linear(ops, "gate_up", h, w))
 
 
 def head_input(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) -> torch.Tensor:

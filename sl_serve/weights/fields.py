@@ -33,6 +33,11 @@ class Fields:
     def get(self, key: str) -> Any:
         return self.values.get(self.prefix + key)
 
+    def with_defaults(self, **defaults: object) -> Fields:
+        """The same, with values for keys that are absent."""
+        absent = {self.prefix + key: v for key, v in defaults.items() if key not in self}
+        return Fields({**self.values, **absent}, self.source, self.prefix)
+
     def integer(
         self, key: str, default: int | None = None, *, low: int = 1, high: int = _MAX_INTEGER
     ) -> int:

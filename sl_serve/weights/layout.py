@@ -31,6 +31,8 @@ class Param:
     shape: tuple[int, ...]
     sources: tuple[str, ...]  # "{layer}" stands for the layer's number
     source_rows: tuple[int, ...]  # outputs of each source
+    # Of a vector that checkpoints store in lines: how many elements one has.
+    source_line: int | None = None
 
     @property
     def is_matrix(self) -> bool:
@@ -41,8 +43,10 @@ class Param:
         return self.source_rows[i] * format.row_bytes(n_in)
 
     def source_shape(self, i: int) -> tuple[int, ...]:
-        rows = self.source_rows[i]
-        return (rows, self.shape[0]) if self.is_matrix else (rows,)
+        rows, line = self.source_rows[i], self.source_line
+        if self.is_matrix:
+            return (rows, self.shape[0])
+        return (rows,) if line is None else (rows // line, line)
 
     def seen(self, elements: torch.Tensor) -> torch.Tensor:
         """The parameter's elements, one after another in memory, in the parameter's shape."""

@@ -100,9 +100,9 @@ def _matrices(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     config = checkpoint.config
     family = load_family(config.family)
     static = family.static_tensors(config)
-    shapes = expected_shapes(family.layer_params(config), config.n_layers)
-    shapes |= {static[name][0]: static[name][1] for name in ("embed", "head")}
-    return {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    params = [param for param in family.layer_params(config) if param.is_matrix]
+    shapes = expected_shapes(params, config.n_layers)
+    return shapes | {static[name][0]: static[name][1] for name in ("embed", "head")}
 
 
 def _groups_of(checkpoint: Checkpoint, wanted: _Wanted) -> dict[str, GroupFormat]:
