@@ -19,6 +19,7 @@ from sl_serve.models.llama import (
 from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import LLAMA_ROWS, GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -30,6 +31,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect("arcee", rows=LLAMA_ROWS)
 
 
 def model_config(fields: Fields, generation: Fields) -> ModelConfig:

@@ -31,6 +31,7 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -42,6 +43,12 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect(
+    "command-r",
+    {"logit_scale": "logit_scale"},
+    derived=lambda _fields, tensors: {"use_qk_norm": "blk.0.attn_q_norm.weight" in tensors},
+)
 
 
 @dataclass(frozen=True, slots=True)

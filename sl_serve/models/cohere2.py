@@ -19,6 +19,7 @@ from sl_serve.models.cohere import (
 from sl_serve.models.llama import hidden_states, static_tensors
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_windows import layer_windows, sliding_window
 from sl_serve.weights.layout import LayerWeights
 
@@ -30,6 +31,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect("cohere2", {"logit_scale": "logit_scale"})
 
 
 def model_config(fields: Fields, generation: Fields) -> CohereConfig:

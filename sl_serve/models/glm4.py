@@ -12,6 +12,7 @@ from sl_serve.models.glm import model_config, new_tokens
 from sl_serve.models.llama import PREFIX, gated_up, head_input, hidden_states, static_tensors
 from sl_serve.models.parts import product, vector_param
 from sl_serve.ops import Ops
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.layout import LayerWeights, Param
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect("glm4", rotary_share="partial_rotary_factor")
 
 
 def layer_params(config: ModelConfig) -> tuple[Param, ...]:

@@ -14,6 +14,7 @@ from sl_serve.models.llama import gated_up, layer_params, new_tokens, static_ten
 from sl_serve.models.parts import product
 from sl_serve.ops import Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import LLAMA_ROWS, GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights
 
@@ -25,6 +26,17 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect(
+    "granite",
+    {
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    },
+    rows=LLAMA_ROWS,
+)
 
 
 @dataclass(frozen=True, slots=True)

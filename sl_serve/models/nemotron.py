@@ -15,6 +15,7 @@ from sl_serve.models.parts import add_linear, layer_norm_params
 from sl_serve.models.starcoder2 import static_tensors
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -26,6 +27,13 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect(
+    "nemotron",
+    {"attention.layer_norm_epsilon": "norm_eps"},
+    rotary_share="partial_rotary_factor",
+    norm_offset=1,
+)
 
 
 def model_config(fields: Fields, generation: Fields) -> ModelConfig:

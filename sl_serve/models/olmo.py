@@ -21,6 +21,7 @@ from sl_serve.models.llama import (
 from sl_serve.models.parts import add_linear
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import LLAMA_ROWS, GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -32,6 +33,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect("olmo", {"attention.clamp_kqv": "clip_qkv"}, rows=LLAMA_ROWS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from sl_serve.models.llama import (
 from sl_serve.models.parts import product, vector_param
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -34,6 +35,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect("olmo2")
 
 
 def model_config(fields: Fields, generation: Fields) -> ModelConfig:

@@ -21,6 +21,7 @@ from sl_serve.models.llama import (
 from sl_serve.models.parts import WindowedConfig, linear_params, vector_param
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.hf_windows import sliding_window
 from sl_serve.weights.layout import LayerWeights, Param
@@ -33,6 +34,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect("phi3", rotary_share="partial_rotary_factor")
 
 
 def model_config(fields: Fields, generation: Fields) -> WindowedConfig:

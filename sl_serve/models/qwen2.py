@@ -19,6 +19,7 @@ from sl_serve.models.llama import (
 from sl_serve.models.parts import WindowedConfig
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.hf_windows import Windows, layer_windows, sliding_window
 from sl_serve.weights.layout import LayerWeights, Param
@@ -31,6 +32,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect("qwen2")
 
 
 def model_config(fields: Fields, generation: Fields) -> WindowedConfig:

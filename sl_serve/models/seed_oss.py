@@ -14,6 +14,7 @@ from sl_serve.models.llama import (
     static_tensors,
 )
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import Param
 
@@ -25,6 +26,14 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect(
+    "seed_oss",
+    derived=lambda _fields, tensors: {
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_out_bias": "blk.0.attn_output.bias" in tensors,
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from sl_serve.models.llama import (
 from sl_serve.models.parts import PartlyRotatedConfig
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields, shown
+from sl_serve.weights.gguf_dialect import LLAMA_ROWS, GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.hf_windows import layer_windows, sliding_window
 from sl_serve.weights.layout import LayerWeights
@@ -32,6 +33,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect("smollm3", rows=LLAMA_ROWS)
 
 
 def model_config(fields: Fields, generation: Fields) -> PartlyRotatedConfig:

@@ -23,6 +23,7 @@ from sl_serve.models.parts import add_linear, layer_norm, layer_norm_heads, laye
 from sl_serve.models.starcoder2 import head_input, static_tensors
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -34,6 +35,13 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect(
+    "stablelm",
+    {"use_parallel_residual": "use_parallel_residual"},
+    rotary_share="partial_rotary_factor",
+    derived=lambda fields, _tensors: {"use_qkv_bias": fields["attention_bias"]},
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.hf_windows import sliding_window
 from sl_serve.weights.layout import LayerWeights, Param
@@ -34,6 +35,12 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect(
+    "starcoder2",
+    {"attention.layer_norm_epsilon": "norm_epsilon"},
+    derived=lambda fields, _tensors: {"use_bias": fields["attention_bias"]},
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,9 @@ def _vocab_size(tensors: Mapping[str, GgufTensor], path: Path) -> int:
 
 
 def _any_bias(names: Collection[str], part: str) -> bool:
-    return any(name.endswith(".bias") and f".{part}" in name for name in names)
+    """On a product; norms have biases of their own."""
+    biases = (name for name in names if name.endswith(".bias") and "norm" not in name)
+    return any(f".{part}" in name for name in biases)
 
 
 def _tokens(fields: Fields) -> dict[str, Any]:

@@ -54,6 +54,28 @@ def gemma3(writer: Writer, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
+def cohere(writer: Writer, config: PretrainedConfig) -> None:
+    writer.add_logit_scale(config.logit_scale)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    if hasattr(config, "sliding_window"):
+        writer.add_sliding_window(config.sliding_window)
+
+
+def olmo(writer: Writer, config: PretrainedConfig) -> None:
+    writer.add_layer_norm_eps(1e-5)
+    if config.clip_qkv is not None:
+        writer.add_clamp_kqv(config.clip_qkv)
+
+
+def nemotron(writer: Writer, config: PretrainedConfig) -> None:
+    writer.add_layer_norm_eps(config.norm_eps)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+
+def stablelm(writer: Writer, config: PretrainedConfig) -> None:
+    writer.add_parallel_residual(config.use_parallel_residual)
+
+
 def gpt_neox(writer: Writer, config: PretrainedConfig) -> None:
     writer.add_parallel_residual(config.use_parallel_residual)
 
@@ -66,11 +88,21 @@ def falcon(writer: Writer, config: PretrainedConfig) -> None:
 
 CONVERTERS: Mapping[str, Converter] = {
     "llama": Converter(Arch.LLAMA, change=for_rotated_neighbours),
+    "mistral": Converter(Arch.LLAMA, change=for_rotated_neighbours),
     "qwen2": Converter(Arch.QWEN2),
     "qwen3": Converter(Arch.QWEN3),
     "phi3": Converter(Arch.PHI3, phi3),
     "olmo2": Converter(Arch.OLMO2),
     "granite": Converter(Arch.GRANITE, granite, for_rotated_neighbours),
+    "olmo": Converter(Arch.OLMO, olmo, for_rotated_neighbours),
+    "arcee": Converter(Arch.ARCEE, change=for_rotated_neighbours),
+    "glm4": Converter(Arch.GLM4),
+    "nemotron": Converter(Arch.NEMOTRON, nemotron, with_one_more),
+    "seed_oss": Converter(Arch.SEED_OSS),
+    "stablelm": Converter(Arch.STABLELM, stablelm),
+    "starcoder2": Converter(Arch.STARCODER2),
+    "cohere": Converter(Arch.COMMAND_R, cohere),
+    "cohere2": Converter(Arch.COHERE2, cohere),
     "smollm3": Converter(Arch.SMOLLM3, change=for_rotated_neighbours),
     "gemma": Converter(Arch.GEMMA, change=with_one_more),
     "gemma2": Converter(Arch.GEMMA2, gemma2, with_one_more),

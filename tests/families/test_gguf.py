@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,19 +22,40 @@ from tests.families.harness import Tiny, check, news_of
 
 # Variants beside the plain one; others have no counterpart in the format, or change nothing there.
 VARIANTS = {
-    "llama": ["many-key-heads", "one-key-head", "tied", "biases", "linear-rope", "yarn-rope"],
-    "mistral": [],
-    "qwen2": [],
-    "qwen3": [],
-    "phi3": [],
-    "olmo2": [],
-    "granite": [],
-    "smollm3": [],
+    "arcee": ["biases", "tied", "yarn-rope"],
+    "cohere": ["many-key-heads", "head-norms", "large-logits", "biases"],
+    "cohere2": ["large-logits"],
+    "falcon": [],
     "gemma": [],
     "gemma2": [],
     "gemma3_text": [],
+    "glm4": ["whole-heads-turn", "no-biases", "tied"],
     "gpt_neox": [],
-    "falcon": [],
+    "granite": ["plain-multipliers", "tied", "biases"],
+    "llama": [
+        *("many-key-heads", "one-key-head", "tied", "biases", "other-heads"),
+        *("linear-rope", "yarn-rope"),
+    ],
+    "mistral": [],
+    "nemotron": ["biases", "whole-heads-turn", "other-heads", "tied"],
+    "olmo": ["clipped", "many-key-heads", "tied", "biases"],
+    "olmo2": ["many-key-heads", "tied", "biases"],
+    "phi3": [
+        *("window", "part-of-a-head-turns", "long-rope", "long-rope-of-a-part", "tied"),
+        "one-key-head",
+    ],
+    "qwen2": ["tied", "yarn-rope"],
+    "qwen3": ["tied", "biases", "yarn-rope"],
+    "seed_oss": ["no-biases", "all-biases", "tied"],
+    "smollm3": ["own-head", "biases"],
+    "stablelm": ["parallel", "biases", "half-of-a-head-turns", "tied"],
+    "starcoder2": ["no-biases", "own-head"],
+}
+# Where llama.cpp has in its code what others have among their settings.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "cohere2": {"layer_types": None, "num_hidden_layers": 4},  # every fourth sees all
+    "mistral": {"sliding_window": None},  # there is none
+    "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 4},
 }
 CASES = [
     (family, variant)
@@ -40,13 +64,13 @@ CASES = [
     for variant in ["", *variants]
 ]
 # transformers reads these architectures from GGUF files itself.
-READ_BY_TRANSFORMERS = {"llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"}
+READ_BY_TRANSFORMERS = {"llama", "qwen2", "gemma2", "gemma3_text"}
 
 
 def tiny_of(family: str) -> Tiny:
     tiny = importlib.import_module(f"tests.families.test_{family}").TINY
     assert isinstance(tiny, Tiny)
-    return tiny
+    return replace(tiny, settings={**tiny.settings, **SETTINGS.get(family, {})})
 
 
 def write(folder: Path, family: str, variant: str = "", **options: object) -> PreTrainedModel:
