@@ -68,6 +68,7 @@ class ModelConfig:
     embed_size: int | None = None  # width of embedding and head; None: hidden_size
     logit_softcap: float | None = None  # a logit x becomes softcap * tanh(x / softcap)
     dtype: DTypeName = "float32"  # as stored in the checkpoint
+    transposed: tuple[str, ...] = ()  # ends of names of matrices that a folder stores as (in, out)
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 

@@ -382,4 +382,5 @@ def _head(model: _Model, sweep: Sweep, plan: MemoryPlan, weight: HeadWeight) -> 
     lines = logits_lines(plan.max_rows)
     config, device = sweep.config, sweep.device.torch_device
     eos, softcap = config.eos_token_ids, config.logit_softcap
-    return Head(sweep.ops, weight, head_input, eos, lines, device, softcap)
+    bias = sweep.static.get("head_bias")
+    return Head(sweep.ops, weight, head_input, eos, lines, device, softcap, bias)

@@ -39,7 +39,8 @@ class RowResult(NamedTuple):
 
 class Head:
     """`weight`: the vocabulary matrix; `head_input`: what comes before it, the final norm;
-    `block_lines`: of logits at a time, all in one buffer; `softcap`: as in ModelConfig."""
+    `block_lines`: of logits at a time, all in one buffer; `softcap`: as in ModelConfig; `bias`:
+    (vocabulary,) on the device."""
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Head:
         block_lines: int,
         torch_device: torch.device,
         softcap: float | None = None,
+        bias: torch.Tensor | None = None,
     ) -> None:
         self._ops = ops
         self._weight = weight
@@ -57,6 +59,7 @@ class Head:
         self._eos_token_ids = eos_token_ids
         self._block_lines = block_lines
         self._softcap = softcap
+        self._bias = bias
         shape = (block_lines, weight.n_rows)
         self._buffer = torch.empty(shape, dtype=ops.dtype, device=torch_device)
 
@@ -113,6 +116,8 @@ class Head:
             for first, rows in pieces:
                 self._ops.logits(x, rows, out[:, first : first + len(rows)])
         logits = out.float()
+        if self._bias is not None:
+            logits += self._bias
         if self._softcap is not None:
             logits.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits

@@ -73,8 +73,9 @@ class Family(Protocol):
 
     def static_tensors(self, config: ModelConfig) -> StaticTensors:
         """Our name -> (checkpoint name, shape) of what is in no layer: "embed" and "head", both
-        (vocabulary, width), and whatever else `hidden_states` and `head_input` need. Matrices
-        are (out, in). Equal checkpoint names share one tensor."""
+        (vocabulary, width), "head_bias" (vocabulary,) where logits have one, and whatever else
+        `hidden_states` and `head_input` need. Matrices are (out, in). Equal checkpoint names
+        share one tensor."""
 
     def hidden_states(
         self,

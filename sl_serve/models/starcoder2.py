@@ -1,5 +1,4 @@
-"""StarCoder 2: rotary positions and grouped queries with LayerNorm, biases and a plain MLP, and a
-window over the last tokens."""
+"""StarCoder2: grouped queries, rotary positions, LayerNorm, biases, and a window in every layer."""
 
 from __future__ import annotations
 
@@ -8,93 +7,85 @@ from dataclasses import dataclass
 
 import torch
 
+from sl_serve.config import ModelConfig
 from sl_serve.models import Block, RopeTable, StaticTensors, llama
-from sl_serve.models.llama import PREFIX, all_heads, attention_params, hidden_states, rotated
 from sl_serve.models.parts import (
-    ACTIVATIONS,
-    WindowedConfig,
     activation_name,
-    add_linear,
+    add_mlp,
+    final_layer_norm,
     layer_norm,
     layer_norm_params,
+    layer_norm_tensors,
     linear,
     linear_params,
+    mlp_input,
+    new_tokens_of,
+    vocabulary_tensors,
 )
-from sl_serve.ops import Ops
+from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
-from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
-from sl_serve.weights.hf_windows import sliding_window
 from sl_serve.weights.layout import LayerWeights, Param
 
-__all__ = [
-    "block",
-    "head_input",
-    "hidden_states",
-    "layer_params",
-    "model_config",
-    "static_tensors",
-]
+PREFIX = "model.layers.{layer}."
 
-GGUF = GgufDialect(
-    "starcoder2",
-    {"attention.layer_norm_epsilon": "norm_epsilon"},
-    derived=lambda fields, _tensors: {"use_bias": fields["attention_bias"]},
-)
+hidden_states, head_input = llama.hidden_states, final_layer_norm
 
 
-@dataclass(frozen=True, slots=True)
-class StarCoder2Config(WindowedConfig):
-    activation: str = "gelu_pytorch_tanh"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Starcoder2Config(ModelConfig):
+    activation: str
+    window: int | None
 
 
-def model_config(fields: Fields, generation: Fields) -> StarCoder2Config:
-    fields = fields.with_defaults(tie_word_embeddings=True, max_position_embeddings=4096)
-    decoder = decoder_fields(fields, generation)
+def model_config(fields: Fields, generation: Fields) -> Starcoder2Config:
+    fields.only("mlp_type", "default")
+    fields.only("norm_type", "layer_norm")
+    fields = fields.or_else({"tie_word_embeddings": True})
     has_biases = fields.boolean("use_bias", True)
-    return StarCoder2Config(
-        **decoder | {"norm_eps": fields.number("norm_epsilon", 1e-5)},
+    return Starcoder2Config(
+        **decoder_fields(fields, generation) | {"norm_eps": fields.number("norm_epsilon", 1e-5)},
         attention_bias=has_biases,
         mlp_bias=has_biases,
-        windows=(sliding_window(fields),) * decoder["n_layers"],
         activation=activation_name(fields, "hidden_act", "gelu_pytorch_tanh"),
+        window=fields.integer("sliding_window") if "sliding_window" in fields else None,
     )
 
 
-def layer_params(config: StarCoder2Config) -> tuple[Param, ...]:
-    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+def layer_params(config: ModelConfig) -> tuple[Param, ...]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    attn, mlp, bias = PREFIX + "self_attn.", PREFIX + "mlp.", config.attention_bias
+    qkv = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
+    qkv = {attn + name: size for name, size in qkv.items()}
     return (
-        *layer_norm_params("input_norm", PREFIX + "input_layernorm", hidden),
-        *attention_params(config, config.attention_bias, config.attention_bias),
-        *layer_norm_params("post_norm", PREFIX + "post_attention_layernorm", hidden),
-        *linear_params("up", hidden, {PREFIX + "mlp.c_fc": inner}, bias),
-        *linear_params("down", inner, {PREFIX + "mlp.c_proj": hidden}, bias),
+        *layer_norm_params("attention_norm", PREFIX + "input_layernorm", hidden),
+        *linear_params("qkv", hidden, qkv, bias),
+        *linear_params("o", config.q_size, {attn + "o_proj": hidden}, bias),
+        *layer_norm_params("mlp_norm", PREFIX + "post_attention_layernorm", hidden),
+        *linear_params("fc1", hidden, {mlp + "c_fc": inner}, config.mlp_bias),
+        *linear_params("fc2", inner, {mlp + "c_proj": hidden}, config.mlp_bias),
     )
 
 
-def static_tensors(config: StarCoder2Config) -> StaticTensors:
-    final_norm_bias = ("model.norm.bias", (config.hidden_size,))
-    return llama.static_tensors(config) | {"final_norm_bias": final_norm_bias}
+def static_tensors(config: ModelConfig) -> StaticTensors:
+    return {
+        **vocabulary_tensors(config, "model.embed_tokens"),
+        **layer_norm_tensors("final_norm", "model.norm", config.hidden_size),
+    }
 
 
 def block(
-    config: StarCoder2Config,
+    config: Starcoder2Config,
     ops: Ops,
     layer: int,
     w: LayerWeights,
     x: torch.Tensor,
     ropes: Sequence[RopeTable],
 ) -> Block:
-    h = layer_norm(ops, "input_norm", x, w, config.norm_eps)
-    heads = all_heads(config, ops, w, h)
-    attended = yield rotated(config, ops, heads, ropes[0], config.scoring(layer))
-    add_linear(ops, "o", x, attended, w)
-    h = layer_norm(ops, "post_norm", x, w, config.norm_eps)
-    h = ACTIVATIONS[config.activation](linear(ops, "up", h, w))
-    add_linear(ops, "down", x, h, w)
-
-
-def head_input(
-    config: StarCoder2Config, ops: Ops, w: LayerWeights, x: torch.Tensor
-) -> torch.Tensor:
-    return layer_norm(ops, "final_norm", x, w, config.norm_eps)
+    h = layer_norm(ops, "attention_norm", x, w, config.norm_eps)
+    heads = linear(ops, "qkv", h, w).view(len(h), -1, config.head_dim)
+    ops.rope_(heads[:, : config.n_heads + config.n_kv_heads], *ropes[0])
+    scoring = Scoring(window=config.window) if config.window else CAUSAL
+    attended = yield new_tokens_of(config, heads, scoring)
+    h = mlp_input(ops, x, attended, w, config.norm_eps, parallel=False)
+    add_mlp(ops, config.activation, x, h, w)

@@ -15,7 +15,7 @@ from sl_serve.plan.activations import fit_activations
 from sl_serve.plan.model_sizes import ModelSizes
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.formats import Format, plain
-from sl_serve.weights.host import static_bytes
+from sl_serve.weights.host import expected_shapes, static_bytes
 from sl_serve.weights.layout import LayerLayout
 
 
@@ -27,8 +27,12 @@ def torch_dtype(name: DTypeName) -> torch.dtype:
 
 def stored_dtype(checkpoint: Checkpoint) -> DTypeName:
     """What weights are held in: as short as the settings say, unless the files say otherwise."""
-    short = checkpoint.config.dtype
-    found = (checkpoint.location(name) for name in checkpoint.names())
+    config, short = checkpoint.config, checkpoint.config.dtype
+    family = load_family(config.family)
+    used = set(expected_shapes(family.layer_params(config), config.n_layers))
+    used.update(dict(family.static_tensors(config).values()))
+    # Old folders have masks and frequencies too, in dtypes of their own.
+    found = (checkpoint.location(name) for name in checkpoint.names() if name in used)
     kinds = {place.dtype for place in found if place is not None and place.dtype is not None}
     return short if kinds <= {torch_dtype(short)} else "float32"
 

@@ -38,6 +38,15 @@ class Fields:
         absent = {self.prefix + key: v for key, v in defaults.items() if key not in self}
         return Fields({**self.values, **absent}, self.source, self.prefix)
 
+    def with_values(self, values: Mapping[str, Any]) -> Fields:
+        """The same, with these values instead of its own."""
+        given = {self.prefix + key: value for key, value in values.items()}
+        return Fields({**self.values, **given}, self.source, self.prefix)
+
+    def or_else(self, values: Mapping[str, Any]) -> Fields:
+        """The same, with these values where its own are absent."""
+        return self.with_values({key: v for key, v in values.items() if key not in self})
+
     def integer(
         self, key: str, default: int | None = None, *, low: int = 1, high: int = _MAX_INTEGER
     ) -> int:

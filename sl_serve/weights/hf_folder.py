@@ -13,6 +13,7 @@ import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError, ModelError
+from sl_serve.models import load_family
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.fields import read_json_object, shown
 from sl_serve.weights.file_range import FileRange
@@ -24,6 +25,13 @@ from sl_serve.weights.safetensors_file import SafetensorsFile
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _COMPUTED_WITH = {torch.float32, torch.float16, torch.bfloat16}
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+# Starts of names as published -> as transformers 5 has them: GPT-NeoX's head, and the text part of
+# models that see images.
+_NEW_STARTS = {
+    "embed_out.": "lm_head.",
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+}
 
 
 class HfFolder:
@@ -32,21 +40,22 @@ class HfFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_model_config(path)
-        self._tensors = _with_full_names(_open_shards(path))
+        self._tensors = _with_full_names(_open_shards(path), _start_of_names(self.config))
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         file, stored_name = self._find(name)
-        return file.entries[stored_name].shape
+        shape = file.entries[stored_name].shape
+        return shape[::-1] if self._is_transposed(name) else shape
 
     def read(self, name: str) -> torch.Tensor:
         """In the stored dtype, over the mapped file: it must not be written to."""
         tensor = self.read_stored(name)
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{self.path}: {name} is stored as {tensor.dtype}, not as a float")
-        return tensor
+        return tensor.t() if self._is_transposed(name) else tensor
 
     def read_stored(self, name: str) -> torch.Tensor:
         """Of any dtype, over the mapped file."""
@@ -63,6 +72,8 @@ class HfFolder:
 
     def location(self, name: str) -> FileRange | None:
         file, stored_name = self._find(name)
+        if self._is_transposed(name):
+            return None
         entry = file.entries[stored_name]
         return FileRange(file.path, entry.start, entry.stop - entry.start, entry.dtype)
 
@@ -81,6 +92,9 @@ class HfFolder:
     def _files(self) -> set[SafetensorsFile]:
         return {file for file, _ in self._tensors.values()}
 
+    def _is_transposed(self, name: str) -> bool:
+        return name.endswith(self.config.transposed)
+
     def _find(self, name: str) -> tuple[SafetensorsFile, str]:
         if name not in self._tensors:
             raise CheckpointError(f"{self.path}: no tensor {name}")
@@ -94,16 +108,30 @@ def read_model_config(folder: Path) -> ModelConfig:
     return model_config_from_hf(read_json_object(config_path), generation, str(config_path))
 
 
+def _start_of_names(config: ModelConfig) -> str:
+    """What starts all names but the head's."""
+    embedding, _ = load_family(config.family).static_tensors(config)["embed"]
+    return embedding.split(".")[0] + "."
+
+
 def _with_full_names(
-    files: Mapping[str, SafetensorsFile],
+    files: Mapping[str, SafetensorsFile], start: str
 ) -> dict[str, tuple[SafetensorsFile, str]]:
-    """Name -> file and name there. Exports of a model without its head, among them early ones of
-    OPT, leave out the "model." that starts all names but the head's."""
-    bare = not any(name.startswith("model.") for name in files)
+    """Name -> file and name there. Exports of a model without its head, among them those of GPT-2,
+    BLOOM and early ones of OPT, leave out the `start`."""
+    named = {_renamed(name): (file, name) for name, file in files.items()}
+    bare = not any(name.startswith(start) for name in named)
     return {
-        f"model.{name}" if bare and not name.startswith("lm_head.") else name: (file, name)
-        for name, file in files.items()
+        start + name if bare and not name.startswith("lm_head.") else name: place
+        for name, place in named.items()
     }
+
+
+def _renamed(name: str) -> str:
+    for old, new in _NEW_STARTS.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:

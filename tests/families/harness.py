@@ -144,7 +144,8 @@ def with_numbers_of(reference: PreTrainedModel, folder: Path, weights: str) -> N
         parameters = reference.state_dict()
         for name in checkpoint.names():
             if checkpoint.format(name).dtype is None:
-                parameters[name].copy_(checkpoint.read(name))
+                numbers, transposed = checkpoint.read(name), checkpoint.config.transposed
+                parameters[name].copy_(numbers.t() if name.endswith(transposed) else numbers)
                 changed += 1
     checkpoint.close()
     assert changed, "nothing became shorter"

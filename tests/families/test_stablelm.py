@@ -8,14 +8,17 @@ TINY = Tiny(
     StableLmConfig,
     StableLmForCausalLM,
     variants={
-        "parallel": {"use_parallel_residual": True},
-        "head-norms": {"qk_layernorm": True},
+        "many-key-heads": {"num_key_value_heads": 4},
         "biases": {"use_qkv_bias": True},
-        "half-of-a-head-turns": {"partial_rotary_factor": 0.5},
+        "parallel": {"use_parallel_residual": True},
+        "normed-heads": {"qk_layernorm": True},
+        "12b": {"qk_layernorm": True, "use_parallel_residual": True},
         "tied": {"tie_word_embeddings": True},
+        "half-rotated": {"partial_rotary_factor": 0.5},
+        "gelu": {"hidden_act": "gelu"},
     },
 )
 
 
-class TestStableLM(FamilyTests):
+class TestStableLm(FamilyTests):
     tiny = TINY
