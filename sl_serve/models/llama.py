@@ -11,7 +11,7 @@ from sl_serve.models import Block, NewTokens, RopeTable, StaticTensors
 from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
-from sl_serve.weights.hf_fields import decoder_fields
+from sl_serve.weights.hf_fields import decoder_fields, refuse_partial_rotation
 from sl_serve.weights.layout import LayerWeights, Param
 
 PREFIX = "model.layers.{layer}."
@@ -19,6 +19,7 @@ PREFIX = "model.layers.{layer}."
 
 def model_config(fields: Fields, generation: Fields) -> ModelConfig:
     fields.only("hidden_act", "silu")
+    refuse_partial_rotation(fields)
     return ModelConfig(
         **decoder_fields(fields, generation),
         attention_bias=fields.boolean("attention_bias", False),
