@@ -12,7 +12,7 @@ from sl_serve.models.parts import add_linear, linear, linear_params, vector_para
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.gguf_dialect import LLAMA_ROWS, GgufDialect
-from sl_serve.weights.hf_fields import decoder_fields
+from sl_serve.weights.hf_fields import decoder_fields, refuse_partial_rotation
 from sl_serve.weights.layout import LayerWeights, Param
 
 PREFIX = "model.layers.{layer}."
@@ -21,6 +21,7 @@ GGUF = GgufDialect("llama", rows=LLAMA_ROWS)
 
 def model_config(fields: Fields, generation: Fields) -> ModelConfig:
     fields.only("hidden_act", "silu")
+    refuse_partial_rotation(fields)
     return ModelConfig(
         **decoder_fields(fields, generation),
         attention_bias=fields.boolean("attention_bias", False),

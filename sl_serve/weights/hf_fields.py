@@ -54,6 +54,14 @@ def rope_config(fields: Fields, max_positions: int, head_dim: int) -> RopeConfig
     return scaled_rope(fields, raw, max_positions, head_dim)
 
 
+def refuse_partial_rotation(fields: Fields) -> None:
+    """For families whose heads turn as a whole."""
+    parameters = fields.get("rope_parameters") or fields.get("rope_scaling")
+    for holder in (fields.values, parameters):
+        if isinstance(holder, dict):
+            Fields(holder, fields.source).only("partial_rotary_factor", 1.0)
+
+
 def scaled_rope(
     fields: Fields, raw: dict[str, Any], max_positions: int, head_dim: int
 ) -> RopeConfig:

@@ -128,10 +128,11 @@ def test_end_ids_of_both_files_are_joined(folder: Path) -> None:
         ({"eos_token_id": "</s>"}, "eos_token_id must be token ids"),
         ({"dtype": "int4"}, "int4"),
         ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "factor is missing"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ],
 )
 def test_what_would_change_the_results_is_refused_by_name(
