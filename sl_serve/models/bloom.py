@@ -25,6 +25,7 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect, grouped_rows
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -32,6 +33,13 @@ TOP = "transformer."
 PREFIX = TOP + "h.{layer}."
 
 head_input = final_layer_norm
+
+
+GGUF = GgufDialect(
+    "bloom",
+    {"attention.layer_norm_epsilon": "layer_norm_epsilon"},
+    rows={"query_key_value": grouped_rows},
+)
 
 
 def model_config(fields: Fields, generation: Fields) -> ModelConfig:

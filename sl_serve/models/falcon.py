@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect, grouped_rows
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -35,6 +37,31 @@ TOP = "transformer."
 PREFIX = TOP + "h.{layer}."
 
 hidden_states, head_input = llama.hidden_states, final_layer_norm
+
+
+def _architecture(fields: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
+    """7b has one key head, rw as many as queries; those between are of the new architecture."""
+    n_kv_heads = fields["num_kv_heads"]
+    is_new = 1 < n_kv_heads < fields["num_attention_heads"]
+    n_norms = 2 if "blk.0.attn_norm_2.weight" in tensors else 1
+    return {
+        "bias": fields["attention_bias"],
+        "multi_query": n_kv_heads == 1,
+        "new_decoder_architecture": is_new,
+        **({"num_ln_in_parallel_attn": n_norms} if is_new else {}),
+    }
+
+
+GGUF = GgufDialect(
+    "falcon",
+    {
+        "attention.head_count_kv": "num_kv_heads",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "feed_forward_length": "ffn_hidden_size",
+    },
+    derived=_architecture,
+    rows={"query_key_value": grouped_rows},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

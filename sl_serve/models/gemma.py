@@ -12,6 +12,7 @@ from sl_serve.models import Block, RopeTable, llama
 from sl_serve.models.parts import activation_name, add_linear, gated, linear, new_tokens_of
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights
 
@@ -20,6 +21,9 @@ ACTIVATION = "gelu_pytorch_tanh"
 DEFAULTS = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 
 layer_params, static_tensors = llama.layer_params, llama.static_tensors
+
+
+GGUF = GgufDialect("gemma", norm_offset=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields, shown
+from sl_serve.weights.gguf_dialect import Derived, GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -29,6 +30,28 @@ WINDOWED, FULL = "sliding_attention", "full_attention"
 
 static_tensors = llama.static_tensors
 hidden_states, head_input = gemma.hidden_states, gemma.head_input
+
+
+def score_scale(n_layers_of_27b: int) -> Derived:
+    """The largest scales its scores by its width for each head, the others by the head's."""
+
+    def derived(fields: Mapping[str, Any], _tensors: Collection[str]) -> Mapping[str, Any]:
+        width = fields["hidden_size"] // fields["num_attention_heads"]
+        is_largest = fields["num_hidden_layers"] == n_layers_of_27b
+        return {"query_pre_attn_scalar": width if is_largest else fields["head_dim"]}
+
+    return derived
+
+
+GGUF = GgufDialect(
+    "gemma2",
+    {
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    derived=score_scale(46),
+    norm_offset=1,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

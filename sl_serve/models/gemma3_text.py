@@ -14,6 +14,7 @@ from sl_serve.models.gemma2 import FULL, WINDOWED, Gemma2Config
 from sl_serve.models.parts import new_tokens_of, vector_param
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields, shown
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields, scaled_rope
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -33,6 +34,18 @@ ROTARY = ("rope_parameters", "rope_scaling")
 
 static_tensors = gemma2.static_tensors
 hidden_states, head_input = gemma2.hidden_states, gemma2.head_input
+
+
+GGUF = GgufDialect(
+    "gemma3",
+    {
+        "attention.sliding_window_pattern": "sliding_window_pattern",
+        "final_logit_softcapping": "final_logit_softcapping",
+        "rope.freq_base_swa": "rope_local_base_freq",
+    },
+    derived=gemma2.score_scale(62),
+    norm_offset=1,
+)
 
 
 def model_config(fields: Fields, generation: Fields) -> Gemma2Config:

@@ -25,6 +25,7 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -33,6 +34,11 @@ PREFIX = TOP + "h.{layer}."
 TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
 
 head_input = final_layer_norm
+
+
+GGUF = GgufDialect(
+    "gpt2", {"attention.layer_norm_epsilon": "layer_norm_epsilon", "feed_forward_length": "n_inner"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,10 +20,18 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.layout import LayerWeights
 
 layer_params, static_tensors = gpt2.layer_params, gpt2.static_tensors
 hidden_states, head_input = gpt2.hidden_states, gpt2.head_input
+
+
+GGUF = GgufDialect(
+    "starcoder",
+    {"attention.layer_norm_epsilon": "layer_norm_epsilon", "feed_forward_length": "n_inner"},
+    derived=lambda fields, _tensors: {"multi_query": fields["num_key_value_heads"] == 1},
+)
 
 
 def model_config(fields: Fields, generation: Fields) -> GPT2Config:

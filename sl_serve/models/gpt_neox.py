@@ -26,6 +26,7 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect, grouped_rows
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -33,6 +34,14 @@ TOP = "gpt_neox."
 PREFIX = TOP + "layers.{layer}."
 
 hidden_states, head_input = llama.hidden_states, final_layer_norm
+
+
+GGUF = GgufDialect(
+    "gptneox",
+    {"use_parallel_residual": "use_parallel_residual"},
+    rotary_share="rotary_pct",
+    rows={"query_key_value": grouped_rows},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,12 +24,16 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
 PREFIX = "model.layers.{layer}."
 
 hidden_states, head_input = llama.hidden_states, final_layer_norm
+
+
+GGUF = GgufDialect("phi2", rotary_share="partial_rotary_factor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

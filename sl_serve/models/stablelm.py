@@ -27,12 +27,21 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
 PREFIX = "model.layers.{layer}."
 
 hidden_states, head_input = llama.hidden_states, final_layer_norm
+
+
+GGUF = GgufDialect(
+    "stablelm",
+    {"use_parallel_residual": "use_parallel_residual"},
+    rotary_share="partial_rotary_factor",
+    derived=lambda fields, _tensors: {"use_qkv_bias": fields["attention_bias"]},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

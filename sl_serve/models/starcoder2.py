@@ -24,12 +24,20 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
 PREFIX = "model.layers.{layer}."
 
 hidden_states, head_input = llama.hidden_states, final_layer_norm
+
+
+GGUF = GgufDialect(
+    "starcoder2",
+    {"attention.layer_norm_epsilon": "norm_epsilon"},
+    derived=lambda fields, _tensors: {"use_bias": fields["attention_bias"]},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import numpy as np
 from sl_serve.config import ModelConfig
 
 Fields = Mapping[str, Any]  # as in config.json
+Derived = Callable[[Fields, Collection[str]], Fields]  # of fields and of the names of tensors
 # Where the rows of a tensor are in the file, in Hugging Face's order.
 RowOrder = Callable[[ModelConfig], np.ndarray[Any, Any]]
 
@@ -28,9 +29,7 @@ class GgufDialect:
     settings: Mapping[str, str] = field(default_factory=dict)
     # The key for how much of a head is rotated, as a share of it; None: all is.
     rotary_share: str | None = None
-    # Fields that follow from others and from the names of tensors: what llama.cpp has in its code
-    # and not in the file.
-    derived: Callable[[Fields, Collection[str]], Fields] = _nothing
+    derived: Derived = _nothing  # what llama.cpp has in its code and not in the file
     rows: Mapping[str, RowOrder] = field(default_factory=dict)  # module, by the end of its name
     norm_offset: float = 0.0  # what the file's norms have more than Hugging Face's
 

@@ -49,6 +49,11 @@ def gemma3(writer: Writer, config: PretrainedConfig) -> None:
     rope = config.rope_parameters["full_attention"]
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_sliding_window(config.sliding_window)
+    local = config.rope_parameters["sliding_attention"]["rope_theta"]
+    if local != 10000:
+        writer.add_rope_freq_base_swa(local)
+    if config.final_logit_softcapping is not None:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -70,6 +75,15 @@ def olmo(writer: Writer, config: PretrainedConfig) -> None:
 def nemotron(writer: Writer, config: PretrainedConfig) -> None:
     writer.add_layer_norm_eps(config.norm_eps)
     writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+
+def gpt2(writer: Writer, config: PretrainedConfig) -> None:
+    writer.add_head_count_kv(1 if getattr(config, "multi_query", False) else config.n_head)
+
+
+def stored_out_in(name: str, array: np.ndarray, _config: PretrainedConfig) -> np.ndarray:
+    ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return np.ascontiguousarray(array.T) if name.endswith(ends) else array
 
 
 def stablelm(writer: Writer, config: PretrainedConfig) -> None:
@@ -108,5 +122,9 @@ CONVERTERS: Mapping[str, Converter] = {
     "gemma2": Converter(Arch.GEMMA2, gemma2, with_one_more),
     "gemma3_text": Converter(Arch.GEMMA3, gemma3, with_one_more),
     "gpt_neox": Converter(Arch.GPTNEOX, gpt_neox, by_kind),
+    "phi": Converter(Arch.PHI2),
+    "bloom": Converter(Arch.BLOOM, gpt2, by_kind),
+    "gpt2": Converter(Arch.GPT2, gpt2, stored_out_in),
+    "gpt_bigcode": Converter(Arch.STARCODER, gpt2),
     "falcon": Converter(Arch.FALCON, falcon, by_kind),
 }

@@ -98,7 +98,7 @@ def write_common_settings(writer: Writer, config: PretrainedConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(getattr(config, "max_position_embeddings", 2048))
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(getattr(config, "intermediate_size", 4 * config.hidden_size))
+    writer.add_feed_forward_length(inner_size(config))
     writer.add_head_count(config.num_attention_heads)
     if hasattr(config, "num_key_value_heads"):
         writer.add_head_count_kv(config.num_key_value_heads)
@@ -113,6 +113,14 @@ def write_common_settings(writer: Writer, config: PretrainedConfig) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" in rope:
         write_rope(writer, config)
+
+
+def inner_size(config: PretrainedConfig) -> int:
+    """Older families have other names for it, whatever else tests give them."""
+    for name in ("ffn_hidden_size", "n_inner"):
+        if hasattr(config, name):
+            return getattr(config, name) or 4 * config.hidden_size
+    return config.intermediate_size
 
 
 def write_rope(writer: Writer, config: PretrainedConfig) -> None:
