@@ -19,3 +19,9 @@ TINY = Tiny(
 
 class TestCohere(FamilyTests):
     tiny = TINY
+
+
+class TestWideHeadNorms(FamilyTests):
+    """Whose lines are long enough to be quantised, if they were matrices."""
+
+    tiny = Tiny(CohereConfig, CohereForCausalLM, {"hidden_size": 256, "use_qk_norm": True})

@@ -11,7 +11,6 @@ TINY = Tiny(
     Cohere2ForCausalLM,
     {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]},
     {
-        "unlisted": {"layer_types": None, "num_hidden_layers": 4},
         "large-logits": {"logit_scale": 0.5},
         "own-head": {"tie_word_embeddings": False},
         "biases": {"attention_bias": True},

@@ -9,10 +9,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 TINY = Tiny(
     MinistralConfig,
     MinistralForCausalLM,
-    {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]},
+    {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING], "head_dim": 16},
     {
         "all-slide": {"layer_types": None},
-        "no-window": {"layer_types": None, "sliding_window": None},
         "other-heads": {"head_dim": 24},
     },
 )

@@ -12,7 +12,6 @@ TINY = Tiny(
     Olmo3ForCausalLM,
     {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]},
     {
-        "unlisted": {"layer_types": None, "num_hidden_layers": 4},
         "yarn-rope": {"rope_scaling": YARN},
         "two-ropes": {
             "rope_parameters": {

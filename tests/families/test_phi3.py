@@ -13,8 +13,8 @@ def long_rope(n_pairs: int) -> dict[str, object]:
     }
 
 
-# The prompts are shorter and longer than this.
-LONG = {"original_max_position_embeddings": 32, "rope_scaling": long_rope(n_pairs=8)}
+# With what is added to them, prompts become shorter than this, as long, and longer.
+LONG = {"original_max_position_embeddings": 40, "rope_scaling": long_rope(n_pairs=8)}
 
 TINY = Tiny(
     Phi3Config,

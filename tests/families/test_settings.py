@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from sl_serve.config import ModelConfig
 from sl_serve.errors import ModelError
 from sl_serve.models import load_family
+from sl_serve.models.parts import PartlyRotatedConfig, WindowedConfig
 from sl_serve.weights.fields import Fields
 
 SIZES = {
@@ -86,6 +87,35 @@ def test_absent_rotary_parameters_are_as_in_transformers(family: str) -> None:
         assert (rope.kind, rope.theta) == (kind["rope_type"], kind["rope_theta"])
         share = kind.get("partial_rotary_factor") or 1.0
         assert (rope.n_dims or config.head_dim) == int(config.head_dim * share)
+
+
+# Files that transformers 5 writes list their layers; those of version 4 have these instead.
+USED = {"use_sliding_window": True, "sliding_window": 8}
+UNLISTED = [
+    ("cohere2", {"sliding_window_pattern": 3}),
+    ("exaone4", {"sliding_window_pattern": 3}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", USED | {"max_window_layers": 3}),
+    ("qwen2", {"sliding_window": 8, "max_window_layers": 0}),
+    ("qwen3", USED | {"max_window_layers": 3}),
+    ("smollm3", USED),
+    ("smollm3", {"sliding_window": 8}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), UNLISTED)
+def test_layers_slide_as_in_transformers(family: str, settings: dict[str, Any]) -> None:
+    expected = AutoConfig.for_model(family, **SIZES, **settings)
+    found = ours(family, **settings)
+    assert isinstance(found, WindowedConfig) and found.windows == sliding_layers(expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"no_rope_layer_interval": 3}])
+def test_layers_rotate_as_in_transformers(settings: dict[str, Any]) -> None:
+    expected = AutoConfig.for_model("smollm3", **SIZES, **settings)
+    found = ours("smollm3", **settings)
+    assert isinstance(found, PartlyRotatedConfig)
+    assert found.rotates == tuple(mark == 1 for mark in expected.no_rope_layers)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
