@@ -143,14 +143,14 @@ def block(
     heads = heads_in_order(linear(ops, "qkv", h, w), config.n_kv_heads, config.head_dim)
     for rope in ropes:
         ops.rope_(heads[:, : config.n_heads + config.n_kv_heads], *rope)
-    scoring = _alibi(config.n_heads, config.head_dim, x.device) if config.alibi else CAUSAL
+    scoring = alibi_scoring(config.n_heads, config.head_dim, x.device) if config.alibi else CAUSAL
     attended = yield new_tokens_of(config, heads, scoring)
     h = mlp_input(ops, x, attended, w, config.norm_eps, config.parallel)
     add_mlp(ops, config.activation, x, h, w)
 
 
 @cache
-def _alibi(n_heads: int, head_dim: int, device: torch.device) -> Scoring:
+def alibi_scoring(n_heads: int, head_dim: int, device: torch.device) -> Scoring:
     """Falcon's slopes are bfloat16, whatever is computed in, and scaled as products are."""
     slopes = alibi_slopes(n_heads, device).bfloat16().float()
     return Scoring(slopes=slopes * head_dim**-0.5)

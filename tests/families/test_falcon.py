@@ -3,9 +3,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import FalconConfig, FalconForCausalLM
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 from sl_serve.errors import ModelError
+from sl_serve.models import falcon
 from tests.families.harness import FamilyTests, Tiny
 from tests.families.settings import config_of
 
@@ -47,3 +50,11 @@ class TestFalcon(FamilyTests):
 def test_what_is_not_supported_is_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelError, match=named):
         config_of(TINY, **changes)
+
+
+def test_slopes_are_rounded_as_transformers_rounds_them() -> None:
+    """Those of 32 heads are no powers of two, as those of the tiny models are."""
+    theirs = build_alibi_tensor(torch.ones(1, 2), 32, torch.float32)[:, 0, 1]
+    ours = falcon.alibi_scoring(32, 64, torch.device("cpu")).slopes
+    assert ours is not None
+    torch.testing.assert_close(ours, theirs / 8, rtol=1e-6, atol=0)
