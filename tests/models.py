@@ -78,7 +78,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def with_lively_vectors(model: Model) -> Model:
     """transformers starts norms at 1 and biases at 0: make them matter."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.eval()

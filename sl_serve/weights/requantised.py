@@ -100,7 +100,8 @@ def _matrices(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     config = checkpoint.config
     family = load_family(config.family)
     static = family.static_tensors(config)
-    shapes = expected_shapes(family.layer_params(config), config.n_layers)
+    params = [p for p in family.layer_params(config) if not p.is_exact]
+    shapes = expected_shapes(params, config.n_layers)
     shapes |= {static[name][0]: static[name][1] for name in ("embed", "head")}
     return {name: shape for name, shape in shapes.items() if len(shape) == 2}
 
