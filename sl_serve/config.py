@@ -66,6 +66,9 @@ class ModelConfig:
     norm_first: bool = True  # norms before attention and MLP; False: after
     final_norm: bool = True
     embed_size: int | None = None  # width of embedding and head; None: hidden_size
+    n_experts: int = 0  # of a layer that has some; their tensors are in `layer_params`
+    experts_per_token: int = 0  # that a router chooses
+    expert_size: int = 0  # intermediate_size of one of them
     logit_softcap: float | None = None  # a logit x becomes softcap * tanh(x / softcap)
     dtype: DTypeName = "float32"  # as stored in the checkpoint
     transposed: tuple[str, ...] = ()  # ends of names of matrices that a folder stores as (in, out)

@@ -24,6 +24,8 @@ def n_hidden_buffers(look_ahead: int) -> int:
 
 
 class HiddenStates(Protocol):
+    stay: bool  # all of a step are there at a time: a visit may be opened before the last is closed
+
     @property
     def n_bytes_down(self) -> int:
         """Brought to the device so far."""
@@ -53,6 +55,7 @@ class HiddenStates(Protocol):
 class ResidentHidden:
     """All of them stay where they are computed with."""
 
+    stay = True
     n_bytes_down = n_bytes_up = 0
 
     def __init__(self) -> None:
@@ -88,6 +91,8 @@ class SwappedHidden:
     visits that it waits for are closed by then if there are two sub-batches or more. One alone has
     to wait for itself.
     """
+
+    stay = False
 
     def __init__(
         self,

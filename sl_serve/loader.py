@@ -199,8 +199,12 @@ class _Model:
     @property
     def n_parameters(self) -> int:
         static = sum(math.prod(shape) for shape in dict(self.static.values()).values())
-        of_layer = sum(math.prod(param.shape) for param in self.layout.params)
-        return self.checkpoint.config.n_layers * of_layer + static
+        n_layers = self.checkpoint.config.n_layers
+        in_layers = sum(
+            math.prod(p.shape) * len(p.owners) * sum(map(p.is_in, range(n_layers)))
+            for p in self.layout.params
+        )
+        return in_layers + static
 
     def plan(self) -> MemoryPlan:
         config, settings = self.config, self.checkpoint.config
@@ -261,6 +265,7 @@ class _Model:
             others_bytes=sum(sizes.values()) - sum(sizes[s] for s in {head, embed}),
             disk_tier=in_files or self.config.disk_dir is not None,
             vocabulary_in_file=all(found and d and found.dtype == d for found, d in places),
+            expert_bytes=self.layout.expert_bytes,
         )
 
 
@@ -312,7 +317,10 @@ def _weights(
     )
     expander = _expander(device, ops, layout, plan)
     n_slots = n_layer_slots(plan.look_ahead, plan.host_attends)
-    return store, weight_source(device, store, plan.look_ahead, resident, expander, n_slots)
+    source = weight_source(
+        device, store, plan.look_ahead, resident, expander, n_slots, plan.expert_cache_bytes
+    )
+    return store, source
 
 
 def _expander(device: Device, ops: Ops, layout: LayerLayout, plan: MemoryPlan) -> Expander | None:

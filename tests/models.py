@@ -78,7 +78,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def with_lively_vectors(model: Model) -> Model:
     """transformers starts norms at 1 and biases at 0: make them matter."""
     with torch.no_grad():
-        for parameter in model.parameters():
+        buffers = [b for name, b in model.named_buffers() if name.endswith("bias")]
+        for parameter in [*model.parameters(), *buffers]:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.eval()

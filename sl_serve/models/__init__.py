@@ -20,7 +20,7 @@ from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.layout import LayerWeights, Param
 
-SHARED_MODULES = frozenset({"parts", "rope"})
+SHARED_MODULES = frozenset({"experts", "parts", "rope"})
 
 
 # Our name -> (checkpoint name, shape): "embed", "head", and what else stands outside the layers.
@@ -41,23 +41,55 @@ class NewTokens(NamedTuple):
     scoring: Scoring = CAUSAL
 
 
-# A layer's pass, in two halves: it yields once, and is sent what the tokens' attention gave,
-# (T, Hq * D). Other blocks may run in between.
-Block = Generator[NewTokens, torch.Tensor, None]
+class Routed(NamedTuple):
+    """What a sub-batch's tokens ask of their layer's experts."""
+
+    hidden: torch.Tensor  # (T, hidden), what the chosen are given; may lie in a scratch buffer
+    experts: torch.Tensor  # (T, k) int64, no expert twice in a line
+    weights: torch.Tensor  # (T, k), of what they make of it
 
 
-def finish(block: Block, attended: torch.Tensor) -> None:
-    """Run the second half of a block."""
+# A layer's pass: it yields its new tokens, and is sent what their attention gave, (T, Hq * D). If
+# the layer has experts it yields once more, and is sent the weighted sum of what those gave,
+# (T, hidden). Other blocks may run in between.
+Block = Generator[NewTokens | Routed, torch.Tensor, None]
+
+
+def begin(block: Block) -> NewTokens:
+    """Run a block up to its attention."""
+    new = next(block)
+    assert isinstance(new, NewTokens)
+    return new
+
+
+def go_on(block: Block, attended: torch.Tensor) -> Routed | None:
+    """Run it up to its layer's experts; None: it has none, and has ended."""
     try:
-        block.send(attended)
+        routed = block.send(attended)
+    except StopIteration:
+        return None
+    assert isinstance(routed, Routed)
+    return routed
+
+
+def finish(block: Block, given: torch.Tensor) -> None:
+    """Run what comes after the experts."""
+    try:
+        block.send(given)
     except StopIteration:
         return
-    raise AssertionError("a block yields once")
+    raise AssertionError("a block yields twice at most")
 
 
-def run_block(block: Block, attend: Callable[[NewTokens], torch.Tensor]) -> None:
-    """Both halves of a block, with attention between them."""
-    finish(block, attend(next(block)))
+def run_block(
+    block: Block,
+    attend: Callable[[NewTokens], torch.Tensor],
+    ask: Callable[[Routed], torch.Tensor],
+) -> None:
+    """All of a block, with attention and experts where they belong."""
+    routed = go_on(block, attend(begin(block)))
+    if routed is not None:
+        finish(block, ask(routed))
 
 
 class Family(Protocol):
@@ -69,7 +101,8 @@ class Family(Protocol):
         does not do, by name: no field that changes results is ignored."""
 
     def layer_params(self, config: ModelConfig) -> tuple[Param, ...]:
-        """The tensors of one layer, in image order."""
+        """The tensors of layers, in image order. `Param` says which are of some layers alone, and
+        which each expert has."""
 
     def static_tensors(self, config: ModelConfig) -> StaticTensors:
         """Our name -> (checkpoint name, shape) of what is in no layer: "embed" and "head", both
@@ -99,9 +132,16 @@ class Family(Protocol):
         ropes: Sequence[RopeTable],
     ) -> Block:
         """Pass x (T, hidden) through the layer with this number, in place: yield the new tokens'
-        queries, keys and values, receive their attention, go on. `ropes`: one for each of
-        config.ropes. What the first half makes and the second needs must not lie in a scratch
-        buffer."""
+        queries, keys and values, receive their attention, go on; where there are experts, yield
+        what is asked of them and receive what they gave. `ropes`: one for each of config.ropes.
+        What is made before a yield and needed after it must not lie in a scratch buffer, and `w`
+        is not read any more once the experts have been asked."""
+
+    def expert(
+        self, config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor
+    ) -> torch.Tensor:
+        """What the expert with these tensors makes of x (n, hidden); may lie in a scratch buffer.
+        Only where `layer_params` has experts'."""
 
     def head_input(
         self, config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor

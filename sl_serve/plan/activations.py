@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sl_serve.config import ModelConfig
-from sl_serve.models import NewTokens, RopeTable, load_family, run_block
+from sl_serve.models import NewTokens, RopeTable, Routed, load_family, run_block
 from sl_serve.ops import TorchOps
 from sl_serve.plan.model_sizes import LinearBytes
+from sl_serve.weights.layout import LayerWeights, Param, largest_layer
 
 PROBE_TOKENS = (128, 512)
 
@@ -33,16 +34,31 @@ def fit_activations(model: ModelConfig, dtype: torch.dtype) -> LinearBytes:
 
 
 def activation_bytes(model: ModelConfig, dtype: torch.dtype, n_tokens: int) -> int:
-    """The most bytes alive at once while one layer is computed for n_tokens tokens."""
-    family = load_family(model.family)
+    """The most bytes alive at once while one layer is computed for n_tokens tokens, all of which
+    may ask the same expert."""
+    family, ops = load_family(model.family), TorchOps(dtype)
+    params = family.layer_params(model)
+    layer = largest_layer(params, model.n_layers)
+    present = [p for p in params if p.is_in(layer)]
     with torch.device("meta"), torch.inference_mode():
-        weights = {p.name: torch.empty(p.shape, dtype=dtype) for p in family.layer_params(model)}
+        weights = _weights([p for p in present if not p.n_experts], dtype)
+        expert = _weights([p for p in present if p.n_experts], dtype)
+
+        def ask(routed: Routed) -> torch.Tensor:
+            hidden, out = routed.hidden.clone(), torch.zeros_like(routed.hidden)
+            given = family.expert(model, ops, expert, hidden.clone())
+            return out.add_(given * routed.weights[:, :1].to(dtype))
+
         alive = _PeakBytes()
         with alive:
             x = torch.empty(n_tokens, model.hidden_size, dtype=dtype)
             ropes = [RopeTable(*torch.empty(2, n_tokens, n)) for n in model.rotated_pairs]
-            run_block(family.block(model, TorchOps(dtype), 0, weights, x, ropes), _attend)
+            run_block(family.block(model, ops, layer, weights, x, ropes), _attend, ask)
     return alive.peak_bytes
+
+
+def _weights(params: list[Param], dtype: torch.dtype) -> LayerWeights:
+    return {p.name: torch.empty(p.shape, dtype=dtype) for p in params}
 
 
 def _attend(new: NewTokens) -> torch.Tensor:

@@ -115,6 +115,10 @@ def _planned(fit: _Fit, swaps_hidden: bool) -> tuple[MemoryPlan, bool]:
         prefill_tokens=step.prefill_tokens,
         look_ahead=scheduler.look_ahead,
     )
+    if device and sizes.expert_bytes and n_device_layers < model.n_layers:
+        n_experts = max(0, device.usable_bytes - plan.device_bytes) // sizes.expert_bytes
+        n_experts = min(n_experts, (model.n_layers - n_device_layers) * model.n_experts)
+        plan = replace(plan, expert_cache_bytes=n_experts * sizes.expert_bytes)
     return plan, tiers.kv_is_cut
 
 

@@ -21,6 +21,7 @@ class WeightSizes:
     expanded_layer_bytes: int = 0  # on a device, of a layer that is not computed with as stored
     disk_tier: bool = False  # layers may stay on disk
     vocabulary_in_file: bool = False  # embedding and head may: rows and pieces of them are read
+    expert_bytes: int = 0  # of one, the largest
 
     @property
     def static_bytes(self) -> int:
@@ -70,6 +71,7 @@ class MemoryPlan:
     n_sub_batches: int
     prefill_tokens: int
     look_ahead: int
+    expert_cache_bytes: int = 0  # on the device, for experts that were needed lately
 
     @property
     def kv_bytes(self) -> int:
@@ -88,12 +90,13 @@ class MemoryPlan:
         staging = self.staging_bytes - self.staging_host_bytes
         kv = self.windows_bytes + self.device_kv_bytes
         hidden = self.hidden_bytes - self.hidden_host_bytes
-        return weights + self.expansion_bytes + kv + staging + hidden + self.workspace_bytes
+        weights += self.expansion_bytes + self.expert_cache_bytes
+        return weights + kv + staging + hidden + self.workspace_bytes
 
     @property
     def total_bytes(self) -> int:
         weights = self.weights_bytes + self.device_layers_bytes + self.ring_bytes
-        passing = self.device_slots_bytes + self.expansion_bytes
+        passing = self.device_slots_bytes + self.expansion_bytes + self.expert_cache_bytes
         passing += self.windows_bytes + self.staging_bytes
         kv = self.kv_bytes + self.device_kv_bytes
         passing += self.hidden_bytes
@@ -134,6 +137,7 @@ class MemoryPlan:
             ("KV cache", self.device_kv_bytes),
             ("layer slots", self.device_slots_bytes),
             ("expanded layer", self.expansion_bytes),
+            ("expert cache", self.expert_cache_bytes),
             ("KV windows", self.windows_bytes),
             ("hidden states", self.hidden_bytes - self.hidden_host_bytes),
             ("KV staging", self.staging_bytes - self.staging_host_bytes),
@@ -170,6 +174,7 @@ class MemoryPlan:
             ),
             ("layer slots", self.device_slots_bytes, f"look-ahead {self.look_ahead}"),
             ("expanded layer", self.expansion_bytes, "the one that is computed with"),
+            ("expert cache", self.expert_cache_bytes, "experts that were needed lately"),
             ("KV windows", self.windows_bytes, "prefixes on their way to the device"),
             ("KV staging", self.staging_bytes, self._staging_remark()),
         ]

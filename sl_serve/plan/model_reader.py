@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -16,7 +16,7 @@ from sl_serve.plan.model_sizes import ModelSizes
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.host import expected_shapes, static_bytes
-from sl_serve.weights.layout import LayerLayout
+from sl_serve.weights.layout import LayerLayout, Param, largest_layer
 
 
 def torch_dtype(name: DTypeName) -> torch.dtype:
@@ -43,6 +43,17 @@ def stored_formats(checkpoint: Checkpoint, has_device: bool = False) -> dict[str
     names = (n for n in checkpoint.names() if len(checkpoint.shape(n)) == 2)
     formats = {name: checkpoint.format(name) for name in names}
     return {n: f for n, f in formats.items() if f.dtype is None or not has_device}
+
+
+def layer_flops_per_token(model: ModelConfig, params: Sequence[Param]) -> float:
+    """Of the matrix products of a layer with the most elements: of its experts, those that a token
+    is given."""
+    layer = largest_layer(params, model.n_layers)
+    return 2.0 * sum(
+        math.prod(p.shape) * (model.experts_per_token if p.n_experts else 1)
+        for p in params
+        if p.is_matrix and p.is_in(layer)
+    )
 
 
 def compute_dtype(stored: DTypeName, has_device: bool) -> DTypeName:
@@ -77,7 +88,7 @@ def read_sizes(
         layer_bytes=layout.image_bytes,
         head_bytes=sizes[head],
         static_bytes=sum(sizes.values()),
-        layer_flops_per_token=2.0 * sum(math.prod(p.shape) for p in params if p.is_matrix),
+        layer_flops_per_token=layer_flops_per_token(model, params),
         head_flops_per_token=2.0 * math.prod(head_shape),
         hidden_size=model.hidden_size,
         q_size=model.q_size,
@@ -88,4 +99,7 @@ def read_sizes(
         activations=fit_activations(model, compute),
         expanded_layer_bytes=layout.expanded_bytes if has_device else 0,
         stored_kv_bytes=2 * model.n_kv_heads * kv.line_bytes(model.head_dim) if kv else None,
+        experts_bytes=model.n_experts * layout.expert_bytes,
+        n_experts=model.n_experts,
+        experts_per_token=model.experts_per_token,
     )

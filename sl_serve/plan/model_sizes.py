@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from sl_serve.expert_share import MOST_ROUTED_SHARE, touched_share
+from sl_serve.plan.hardware import Floats
+
 
 @dataclass(frozen=True, slots=True)
 class LinearBytes:
@@ -37,6 +42,26 @@ class ModelSizes:
     activations: LinearBytes  # of one layer's pass over a sub-batch, its hidden states included
     expanded_layer_bytes: int = 0  # on a device, of a layer that is not computed with as stored
     stored_kv_bytes: int | None = None  # K and V of a token at one layer; None: as computed with
+    experts_bytes: int = 0  # of layer_bytes, those of its experts
+    n_experts: int = 0
+    experts_per_token: int = 0
+
+    def idle_bytes(self, n_tokens: Floats) -> Floats:
+        """Of a layer, the experts that a step of so many tokens does not need."""
+        if not self.n_experts:
+            return np.zeros_like(n_tokens)
+        share = touched_share(n_tokens, self.n_experts, self.experts_per_token)
+        return np.asarray((1.0 - share) * self.experts_bytes)
+
+    def needed_share(self, n_tokens: Floats) -> Floats:
+        """Of a layer's bytes."""
+        return np.asarray(1.0 - self.idle_bytes(n_tokens) / self.layer_bytes)
+
+    def fetched_layer_bytes(self, n_tokens: Floats) -> Floats:
+        """What comes of a layer from a slower tier: what is needed, or all if that is most."""
+        idle = self.idle_bytes(n_tokens)
+        few = idle >= (1.0 - MOST_ROUTED_SHARE) * self.experts_bytes
+        return np.asarray(self.layer_bytes - np.where(few, idle, 0.0))
 
     @property
     def kv_token_layer_bytes(self) -> int:

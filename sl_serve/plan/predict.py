@@ -100,9 +100,8 @@ class Busy(NamedTuple):
 def busy(model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps) -> Busy:
     times = _with_device if hardware.has_device else _in_place
     seconds, in_turn_s = times(model, placement, hardware, steps)
-    disk_bytes = _disk_bytes(model, placement)
-    disk_s = disk_bytes / hardware.disk_read_bytes_per_s if disk_bytes else 0.0
-    seconds["disk"] = np.full(len(steps.n_repeats), disk_s)
+    disk_bytes = _disk_bytes(model, placement, hardware, steps)
+    seconds["disk"] = disk_bytes * (1 / hardware.disk_read_bytes_per_s if disk_bytes.any() else 0)
     return Busy(seconds, in_turn_s)
 
 
@@ -118,9 +117,15 @@ def step_seconds(model: ModelSizes, placement: Placement, steps: Steps, load: Bu
     return np.asarray(np.minimum(in_parallel, together))
 
 
-def _disk_bytes(model: ModelSizes, placement: Placement) -> int:
+def _disk_bytes(
+    model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps
+) -> Floats:
+    """For a device layers are read whole."""
     head = model.head_bytes if placement.head_on_disk else 0
-    return placement.n_disk_layers * model.layer_bytes + head
+    layer: Floats = np.full(len(steps.n_repeats), float(model.layer_bytes))
+    if not hardware.has_device:
+        layer = model.fetched_layer_bytes(steps.n_tokens)
+    return np.asarray(placement.n_disk_layers * layer + head)
 
 
 def _step_time(
@@ -151,9 +156,10 @@ def _with_device(model: ModelSizes, placement: Placement, hardware: Hardware, st
     if placement.swaps_hidden:
         hidden = steps.n_tokens * model.n_layers * model.hidden_size * model.itemsize
         down, up = down + hidden, up + hidden
-    down = down + placement.n_streamed_layers * model.layer_bytes
+    down = down + placement.n_host_layers * model.fetched_layer_bytes(steps.n_tokens)
+    down = down + placement.n_disk_layers * model.layer_bytes
     link_down, link_up = _link_seconds(hardware, down, up)
-    from_disk = _disk_bytes(model, placement)
+    from_disk = _disk_bytes(model, placement, hardware, steps)
     on_device = placement.kv_device_share if on_host else 1.0
     compute = _compute_seconds(model, placement, hardware, steps, on_device)
     read = hardware.host_read_bytes_per_s
@@ -176,9 +182,11 @@ def _host_attention_seconds(model: ModelSizes, hardware: Hardware, steps: Steps)
 
 
 def _in_place(model: ModelSizes, placement: Placement, hardware: Hardware, steps: Steps) -> Busy:
-    weights = _sub_batches(placement, steps) * model.n_layers * model.layer_bytes
+    own = model.layer_bytes - model.experts_bytes  # experts are read once for all sub-batches
+    experts = model.experts_bytes - model.idle_bytes(steps.n_tokens)
+    weights = model.n_layers * (_sub_batches(placement, steps) * own + experts)
     kv = steps.prefix_tokens * model.kv_token_bytes
-    from_disk = _disk_bytes(model, placement)
+    from_disk = _disk_bytes(model, placement, hardware, steps)
     nothing: Floats = np.zeros(len(kv))
     compute = _compute_seconds(model, placement, hardware, steps, 1.0)
     seconds: dict[Resource, Floats] = {
@@ -206,11 +214,12 @@ def _compute_seconds(
     n_sub_batches = _sub_batches(placement, steps)
     read = hardware.compute_read_bytes_per_s
     products = hardware.matmul.seconds(steps.n_tokens / n_sub_batches, model.layer_flops_per_token)
+    needed = model.needed_share(steps.n_tokens)
     layer_s = n_sub_batches * (
-        np.maximum(products, model.computed_layer_bytes / read) + hardware.cell_overhead_s
+        np.maximum(products, needed * model.computed_layer_bytes / read) + hardware.cell_overhead_s
     )
     if model.expanded_layer_bytes:  # once, for all sub-batches
-        layer_s += (model.layer_bytes + model.expanded_layer_bytes) / read
+        layer_s += needed * (model.layer_bytes + model.expanded_layer_bytes) / read
     elementwise_bytes = model.activations.per_token + model.kv_token_layer_bytes
     layer_s += steps.n_tokens * elementwise_bytes / hardware.elementwise_bytes_per_s
     head_s = np.maximum(

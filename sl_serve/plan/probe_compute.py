@@ -17,14 +17,14 @@ from sl_serve.host_memory import host_empty
 from sl_serve.kv.formats import KVFormat, kv_format
 from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import RowTable
-from sl_serve.models import NewTokens, RopeTable, load_family, run_block
+from sl_serve.models import NewTokens, RopeTable, Routed, load_family, run_block
 from sl_serve.ops import KVRegion, Ops
 from sl_serve.plan.activations import fit_activations
 from sl_serve.plan.budget import MIB
 from sl_serve.plan.hardware import AttentionRates, MatmulRates
 from sl_serve.sampling import best_tokens
 from sl_serve.weights.formats import Format, plain
-from sl_serve.weights.layout import Param, source_name
+from sl_serve.weights.layout import Param, largest_layer, source_name
 from sl_serve.weights.quantised import QuantisedRows, Rows, Weight
 
 MATMUL_ROWS = (1, 4, 16, 64, 256, 1024)
@@ -56,19 +56,33 @@ class Shapes:
         return self.formats.get(source, plain(self.stored))
 
     def format_of(self, param: Param) -> Format:
-        """That of the first layer's first source: layers and sources differ little."""
-        return self.format(source_name(param.sources[0], 0))
+        """That of its first source: layers, experts and sources differ little."""
+        layer = min(param.layers or [0])
+        return self.format(source_name(param.sources[0], layer, 0))
 
 
 def matmul_rates(ops: Ops, shapes: Shapes) -> MatmulRates:
     """FLOP/s of one layer's products by rows, over as many distinct layers as SWEEP_BYTES allow;
     very wide matrices are timed over a part of their outputs."""
-    params = [p for p in load_family(shapes.model.family).layer_params(shapes.model) if p.is_matrix]
+    params = products_of(shapes.model)
     layer_bytes = sum(p.shape[1] * shapes.format_of(p).row_bytes(p.shape[0]) for p in params)
     part = min(1.0, SWEEP_BYTES / layer_bytes)
     n_layers = max(1, min(shapes.model.n_layers, int(SWEEP_BYTES / layer_bytes)))
     layers = [[_weight(p, part, shapes.format_of(p)) for p in params] for _ in range(n_layers)]
     return MatmulRates(tuple((rows, _rate(ops, layers, rows)) for rows in MATMUL_ROWS))
+
+
+def products_of(model: ModelConfig) -> list[Param]:
+    """The matrices of a layer with the most elements that a token is multiplied with. Those of an
+    expert stand for it as often as a token is given one: each has memory of its own."""
+    params = load_family(model.family).layer_params(model)
+    layer = largest_layer(params, model.n_layers)
+    return [
+        p
+        for p in params
+        if p.is_matrix and p.is_in(layer)
+        for _ in range(model.experts_per_token if p.n_experts else 1)
+    ]
 
 
 def _weight(param: Param, part: float, format: Format) -> Weight:
@@ -156,9 +170,15 @@ def cell_rates(ops: Ops, model: ModelConfig, format: KVFormat) -> CellRates:
 def _cell_seconds(ops: Ops, model: ModelConfig, format: KVFormat, n_tokens: int) -> float:
     """Norms, activation functions, rotations, new K and V."""
     family = load_family(model.family)
+    params = family.layer_params(model)
+    layer = largest_layer(params, model.n_layers)
     weights = {
-        p.name: torch.ones(p.shape, dtype=ops.dtype, device="meta" if p.is_matrix else "cpu")
-        for p in family.layer_params(model)
+        # Matrices take no memory: nearly all are only looked at.
+        p.name: torch.ones(1, dtype=ops.dtype).expand(p.shape)
+        if p.is_matrix
+        else torch.ones(p.shape, dtype=ops.dtype)
+        for p in params
+        if p.is_in(layer) and not p.n_experts
     }
     x = torch.ones(n_tokens, model.hidden_size, dtype=ops.dtype)
     attended = torch.ones(n_tokens, model.q_size, dtype=ops.dtype)
@@ -170,8 +190,13 @@ def _cell_seconds(ops: Ops, model: ModelConfig, format: KVFormat, n_tokens: int)
         ops.append(rows.region, rows.table, new.k, new.v)
         return attended
 
+    def ask(routed: Routed) -> torch.Tensor:
+        return routed.hidden
+
     return typical_seconds(
-        lambda: run_block(family.block(model, without_products, 0, weights, x, ropes), attend)
+        lambda: run_block(
+            family.block(model, without_products, layer, weights, x, ropes), attend, ask
+        )
     )
 
 

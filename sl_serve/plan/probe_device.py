@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from sl_serve.config import ModelConfig
-from sl_serve.models import load_family
 from sl_serve.plan.budget import GIB, MIB
 from sl_serve.plan.hardware import AttentionRates, Hardware, MatmulRates
+from sl_serve.plan.probe_compute import products_of
 from sl_serve.plan.profiles import GPU_ATTENTION_SHARE
 
 LINK_BYTES = 256 * MIB
@@ -100,7 +100,7 @@ def _device_read_bytes_per_s() -> float:
 
 
 def _matmul_rates(model: ModelConfig, dtype: torch.dtype) -> MatmulRates:
-    params = [p for p in load_family(model.family).layer_params(model) if p.is_matrix]
+    params = products_of(model)
     weights = [torch.ones(*reversed(p.shape), dtype=dtype, device="cuda").t() for p in params]
 
     def rate(rows: int) -> float:

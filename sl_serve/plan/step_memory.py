@@ -117,6 +117,7 @@ def _with_prefill(
         workspace_bytes=states
         + rope
         + intermediates
+        + tokens * _expert_numbers_per_token(model) * itemsize
         + _logits_bytes(model, scheduler.max_rows, itemsize),
         hidden_device_bytes=buffers if swaps_hidden else 0,
         hidden_host_bytes=tokens * line_bytes if swaps_hidden else 0,
@@ -172,6 +173,14 @@ def _intermediates_per_token(model: ModelConfig, in_place: bool) -> int:
     come and go on a device, twice the activation's width at once."""
     products = model.q_size + 2 * model.kv_size + model.q_size
     return model.hidden_size + products + (3 if in_place else 4) * model.intermediate_size
+
+
+def _expert_numbers_per_token(model: ModelConfig) -> int:
+    """Of all tokens of a step, which may all ask one expert: what experts are given, of each
+    sub-batch and together, gathered for one, made by it, weighed and added up."""
+    if not model.n_experts:
+        return 0
+    return 6 * model.hidden_size + 4 * model.expert_size
 
 
 def _logits_bytes(model: ModelConfig, max_rows: int, itemsize: int) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from sl_serve.errors import UserError
 from sl_serve.host_memory import host_empty
-from sl_serve.models import NewTokens, RopeTable, load_family, run_block
+from sl_serve.models import NewTokens, RopeTable, Routed, load_family, run_block
 from sl_serve.models.rope import Rotations
 from sl_serve.ops import TorchOps
 from sl_serve.ops.scored_attention import scored_attention
@@ -57,6 +57,10 @@ class _WatchingOps(TorchOps):
         if w is self.watched:
             self.hessian.addmm_(x.t(), x)
             raise _InputSeenError
+
+
+def _no_experts(_: Routed) -> torch.Tensor:
+    raise AssertionError("models with experts are refused before")
 
 
 class CalibratedLayers:
@@ -125,7 +129,7 @@ class CalibratedLayers:
             x = hidden[part]
             block = self._family.block(self._config, self._ops, layer, views, x, ropes)
             try:
-                run_block(block, self._attend)
+                run_block(block, self._attend, _no_experts)
             except _InputSeenError:
                 continue
 

@@ -39,6 +39,11 @@ def quantise_model(
 
     Raises UserError, CheckpointError."""
     check_weights(weights)
+    if checkpoint.config.n_experts:
+        raise UserError(
+            f"{checkpoint.path}: models with experts cannot be calibrated; serve it as it is, with "
+            f"--weights {weights}"
+        )
     target = with_weights(checkpoint, weights)
     parts = _parts(checkpoint)
     formats = {name: format for part in parts for name, format in _in_blocks(target, part).items()}

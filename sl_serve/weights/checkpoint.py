@@ -16,6 +16,7 @@ from sl_serve.weights.formats import Format
 from sl_serve.weights.gguf_file import GgufCheckpoint
 from sl_serve.weights.hf_folder import HfFolder
 from sl_serve.weights.published import open_published
+from sl_serve.weights.stacked import with_experts_apart
 
 
 class Checkpoint(Protocol):
@@ -68,7 +69,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises ModelError when it cannot be run, CheckpointError when it is damaged."""
     if path.is_dir():
         if (path / "config.json").is_file():
-            return open_published(HfFolder(path))
+            return with_experts_apart(open_published(HfFolder(path)))
         ggufs = sorted(path.glob("*.gguf"))
         hint = f"; give the file itself: {ggufs[0]}" if ggufs else ""
         raise ModelError(f"{path}: no config.json in this folder{hint}")

@@ -39,8 +39,7 @@ def load_image(
         end, format = segment.offset_bytes, segment.format
         for i in segment.sources:
             start, end = end, end + segment.param.source_bytes(i, format)
-            name = source_name(segment.param.sources[i], layer)
-            read_tensor(checkpoint, name, format, image[start:end])
+            read_tensor(checkpoint, segment.source(i, layer), format, image[start:end])
     checkpoint.drop_pages()
 
 
@@ -55,9 +54,11 @@ def read_tensor(checkpoint: Checkpoint, name: str, format: Format, out: torch.Te
 
 def expected_shapes(params: Sequence[Param], n_layers: int) -> dict[str, tuple[int, ...]]:
     return {
-        source_name(source, layer): param.source_shape(i)
+        source_name(source, layer, expert): param.source_shape(i)
         for layer in range(n_layers)
         for param in params
+        if param.is_in(layer)
+        for expert in param.owners
         for i, source in enumerate(param.sources)
     }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ ALIGNMENT_BYTES = 256  # of every segment: enough for any vector load and for de
 IMAGE_ALIGNMENT_BYTES = 4096  # of a whole image: direct reads of a file of images need no bounce
 
 LayerWeights = Mapping[str, Any]  # vectors are tensors, matrices are `Weight`s
+ExpertWeights = Mapping[int, LayerWeights]  # by the expert's number
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,21 @@ class Param:
 
     name: str
     shape: tuple[int, ...]
-    sources: tuple[str, ...]  # "{layer}" stands for the layer's number
+    sources: tuple[str, ...]  # "{layer}" stands for the layer's number, "{expert}" for an expert's
     source_rows: tuple[int, ...]  # outputs of each source
     # Of a vector that checkpoints store in lines: how many elements one has.
     source_line: int | None = None
+    layers: Collection[int] | None = None  # that have it; None: all
+    n_experts: int = 0  # each of so many has one of its own; 0: it is the layer's
+    is_exact: bool = False  # stays as the checkpoint has it, whatever becomes of the others
+
+    @property
+    def owners(self) -> Sequence[int | None]:
+        """The experts that have one; None is the layer itself."""
+        return range(self.n_experts) if self.n_experts else (None,)
+
+    def is_in(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
 
     @property
     def is_matrix(self) -> bool:
@@ -65,11 +78,21 @@ class Segment:
     format: Format
     offset_bytes: int
     size_bytes: int
+    expert: int | None = None
+
+    def source(self, i: int, layer: int) -> str:
+        """The name of its parameter's i-th source in the checkpoint."""
+        return source_name(self.param.sources[i], layer, self.expert)
 
 
 class LayerLayout:
-    """The segment tables of layer images. One serves all layers, unless a file has a layer's
-    matrices in other formats than the next one's; images are as large as the largest needs."""
+    """The segment tables of layer images. One serves all layers, unless layers differ, or a file
+    has a layer's matrices in other formats than the next one's; images are as large as the largest
+    needs.
+
+    A layer's own parameters come first, its dense part; then those of its experts, expert by
+    expert, each a whole number of IMAGE_ALIGNMENT_BYTES.
+    """
 
     def __init__(
         self,
@@ -79,13 +102,15 @@ class LayerLayout:
         n_layers: int = 1,
     ) -> None:
         """`formats`: checkpoint name -> how that tensor lies in memory, where not in `dtype`."""
-        self.params, self.dtype = params, dtype
+        self.params, self.dtype, self._n_layers = params, dtype, n_layers
         self._formats = formats or {}
-        tables = [list(self._segments(i)) for i in range(n_layers if formats else 1)]
+        differ = bool(formats) or any(p.layers is not None for p in params)
+        tables = [list(self._segments(i)) for i in range(n_layers if differ else 1)]
         self._tables = tables
         plain_format = plain(dtype)
         self._are_plain = [all(s.format == plain_format for s in table) for table in tables]
-        self.image_bytes = max(self.stored_bytes(i) for i in range(len(tables)))
+        self._ends = [_ends(table) for table in tables]
+        self.image_bytes = max(ends[-1] for ends in self._ends)
 
     def segments(self, layer: int) -> list[Segment]:
         """In the order of the image."""
@@ -93,9 +118,23 @@ class LayerLayout:
 
     def stored_bytes(self, layer: int) -> int:
         """How much of an image the layer fills, in whole alignments: what crosses the link."""
-        last = self.segments(layer)[-1]
-        end = last.offset_bytes + last.size_bytes
-        return -(-end // IMAGE_ALIGNMENT_BYTES) * IMAGE_ALIGNMENT_BYTES
+        return self._ends_of(layer)[-1]
+
+    def dense_bytes(self, layer: int) -> int:
+        """How much of it is not its experts': the first bytes of the image."""
+        return self._ends_of(layer)[0]
+
+    def n_experts(self, layer: int) -> int:
+        return len(self._ends_of(layer)) - 1
+
+    def expert_range(self, layer: int, expert: int) -> slice:
+        """The expert's bytes of the image."""
+        ends = self._ends_of(layer)
+        return slice(ends[expert], ends[expert + 1])
+
+    def experts_bytes(self, layer: int, experts: Iterable[int]) -> int:
+        ends = self._ends_of(layer)
+        return sum(ends[e + 1] - ends[e] for e in experts)
 
     def is_plain(self, layer: int) -> bool:
         """Whether all of it lies there in `dtype`."""
@@ -103,8 +142,8 @@ class LayerLayout:
 
     @property
     def expanded(self) -> LayerLayout:
-        """Of any layer, all of it in `dtype`."""
-        return LayerLayout(self.params, self.dtype)
+        """The same with all of it in `dtype`."""
+        return LayerLayout(self.params, self.dtype, n_layers=self._n_layers)
 
     @property
     def expanded_bytes(self) -> int:
@@ -112,33 +151,106 @@ class LayerLayout:
         return 0 if all(self._are_plain) else self.expanded.image_bytes
 
     def views(self, image: torch.Tensor, layer: int) -> dict[str, Weight]:
-        """Named weights over an image's bytes (uint8). Made once per image, never in a step."""
+        """Named weights of the dense part over an image's bytes (uint8). Made once per image,
+        never in a step."""
         assert image.numel() == self.image_bytes
-        by_param = groupby(self.segments(layer), key=lambda s: s.param)
-        return {param.name: _seen(param, list(parts), image) for param, parts in by_param}
+        return _views([s for s in self.segments(layer) if s.expert is None], image)
+
+    def experts(self, image: torch.Tensor, layer: int) -> ExpertViews:
+        """Those of the layer's experts over an image's bytes."""
+        by_expert = groupby(self.segments(layer), key=lambda s: s.expert)
+        return ExpertViews({e: list(parts) for e, parts in by_expert if e is not None}, image)
+
+    def expert_views(self, memory: torch.Tensor, layer: int, expert: int) -> dict[str, Weight]:
+        """Of one expert, over memory that begins with its bytes."""
+        start = self.expert_range(layer, expert).start
+        segments = [s for s in self.segments(layer) if s.expert == expert]
+        moved = [replace(s, offset_bytes=s.offset_bytes - start) for s in segments]
+        return _views(moved, memory)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of the largest one; 0 where there are none."""
+        return max((b - a for ends in self._ends for a, b in pairwise(ends)), default=0)
+
+    def _ends_of(self, layer: int) -> list[int]:
+        return self._ends[layer % len(self._ends)]
 
     def _segments(self, layer: int) -> Iterator[Segment]:
+        present = [p for p in self.params if p.is_in(layer)]
         offset = 0
-        for param in self.params:
-            for format, sources in self._runs(param, layer):
-                size = sum(param.source_bytes(i, format) for i in sources)
-                yield Segment(param, sources, format, offset, size)
-                offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        for expert, params in _by_owner(present):
+            for param in params:
+                for format, sources in self._runs(param, layer, expert):
+                    size = sum(param.source_bytes(i, format) for i in sources)
+                    yield Segment(param, sources, format, offset, size, expert)
+                    offset = _aligned(offset + size, ALIGNMENT_BYTES)
+            offset = _aligned(offset, IMAGE_ALIGNMENT_BYTES)
 
-    def _runs(self, param: Param, layer: int) -> Iterator[tuple[Format, range]]:
+    def _runs(self, param: Param, layer: int, expert: int | None) -> Iterator[tuple[Format, range]]:
         """Neighbouring sources of one format."""
 
         def format_of(i: int) -> Format:
-            return self._formats.get(source_name(param.sources[i], layer), plain(self.dtype))
+            name = source_name(param.sources[i], layer, expert)
+            return self._formats.get(name, plain(self.dtype))
 
         for format, run in groupby(range(len(param.sources)), key=format_of):
             sources = list(run)
             yield format, range(sources[0], sources[-1] + 1)
 
 
-def source_name(template: str, layer: int) -> str:
+class ExpertViews(ExpertWeights):
+    """Named weights of each expert over an image's bytes, made when they are first looked at: of
+    thousands of experts a step may need a few."""
+
+    def __init__(self, segments: Mapping[int, list[Segment]], image: torch.Tensor) -> None:
+        self._segments, self._image = segments, image
+        self._seen: dict[int, LayerWeights] = {}
+
+    def __getitem__(self, expert: int) -> LayerWeights:
+        if expert not in self._seen:
+            self._seen[expert] = _views(self._segments[expert], self._image)
+        return self._seen[expert]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._segments)
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+
+def largest_layer(params: Sequence[Param], n_layers: int) -> int:
+    """Where layers differ, the first of those with the most elements."""
+    sizes = [(p, math.prod(p.shape) * len(p.owners)) for p in params]
+    return max(range(n_layers), key=lambda i: sum(n for p, n in sizes if p.is_in(i)))
+
+
+def source_name(template: str, layer: int, expert: int | None = None) -> str:
     """A tensor's name in the checkpoint."""
-    return template.replace("{layer}", str(layer))
+    name = template.replace("{layer}", str(layer))
+    return name if expert is None else name.replace("{expert}", str(expert))
+
+
+def _by_owner(params: Sequence[Param]) -> Iterator[tuple[int | None, list[Param]]]:
+    """The layer's own, and then each expert's."""
+    yield None, [p for p in params if not p.n_experts]
+    for expert in range(max((p.n_experts for p in params), default=0)):
+        yield expert, [p for p in params if p.n_experts]
+
+
+def _ends(segments: Sequence[Segment]) -> list[int]:
+    """Where in the image the dense part ends, and each expert."""
+    last = {s.expert: s.offset_bytes + s.size_bytes for s in segments}
+    return [_aligned(end, IMAGE_ALIGNMENT_BYTES) for end in last.values()]
+
+
+def _aligned(n_bytes: int, alignment_bytes: int) -> int:
+    return -(-n_bytes // alignment_bytes) * alignment_bytes
+
+
+def _views(segments: Sequence[Segment], image: torch.Tensor) -> dict[str, Weight]:
+    by_param = groupby(segments, key=lambda s: s.param)
+    return {param.name: _seen(param, list(parts), image) for param, parts in by_param}
 
 
 def _seen(param: Param, segments: Sequence[Segment], image: torch.Tensor) -> Weight:

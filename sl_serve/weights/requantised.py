@@ -100,7 +100,7 @@ def _matrices(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     config = checkpoint.config
     family = load_family(config.family)
     static = family.static_tensors(config)
-    params = [param for param in family.layer_params(config) if param.is_matrix]
+    params = [p for p in family.layer_params(config) if p.is_matrix and not p.is_exact]
     shapes = expected_shapes(params, config.n_layers)
     return shapes | {static[name][0]: static[name][1] for name in ("embed", "head")}
 

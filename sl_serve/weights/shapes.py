@@ -71,6 +71,54 @@ def _llama31(n_layers: int, hidden: int, inner: int, n_heads: int) -> Mapping[st
     )
 
 
+_MIXTRAL: Mapping[str, Any] = {
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+_QWEN3_MOE: Mapping[str, Any] = {
+    "model_type": "qwen3_moe",
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
+
+def _gpt_oss(n_layers: int, n_experts: int) -> Mapping[str, Any]:
+    return {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": n_layers,
+        "num_local_experts": n_experts,
+        "num_experts_per_tok": 4,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "vocab_size": 201088,
+        "max_position_embeddings": 131072,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "eos_token_id": 200002,
+    }
+
+
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "opt-125m": _opt(12, 768, 12),
     "opt-350m": _opt(24, 1024, 16, do_layer_norm_before=False, word_embed_proj_dim=512),
@@ -90,4 +138,10 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-3.1-8b": _llama31(32, 4096, 14336, 32),
     "llama-3.1-70b": _llama31(80, 8192, 28672, 64),
     "llama-3.1-405b": _llama31(126, 16384, 53248, 128),
+    "mixtral-8x7b": _llama(
+        32, 4096, 14336, 32, 8, max_position_embeddings=32768, rope_theta=1000000.0, **_MIXTRAL
+    ),
+    "qwen3-30b-a3b": _llama(48, 2048, 6144, 32, 4, **_QWEN3_MOE),
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
 }

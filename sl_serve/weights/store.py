@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -26,13 +26,25 @@ class LayerStore:
         self.n_layers = len(host_images) + n_disk_layers
         self._disk = disk
 
+    def begin(self, is_routed: bool) -> None:
+        """A step begins. `is_routed`: of layers on disk, experts will be fetched."""
+        if self._disk is not None:
+            self._disk.begin(is_routed)
+
     def acquire(self, layer: int) -> torch.Tensor:
-        """The layer's bytes, valid until released. Raises WeightReadError."""
+        """The layer's bytes, in a routed step but for its experts; valid until released. Raises
+        WeightReadError."""
         image = self.host_images.get(layer)
         if image is not None:
             return image
         assert self._disk is not None
         return self._disk.acquire(layer)
+
+    def fetch(self, layer: int, experts: Iterable[int]) -> None:
+        """Of an acquired layer, bring these. Raises WeightReadError."""
+        if layer not in self.host_images:
+            assert self._disk is not None
+            self._disk.fetch(layer, experts)
 
     def release(self, layer: int, done: Done | None = None) -> None:
         """The layer is no longer read, or not once `done` has returned."""

@@ -8,20 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from sl_serve.device import Device, Event, Stream
 from sl_serve.host_memory import host_empty
 from sl_serve.weights.expander import Expander
-from sl_serve.weights.layout import LayerLayout, LayerWeights
+from sl_serve.weights.expert_cache import ExpertCache
+from sl_serve.weights.layout import ExpertWeights, LayerLayout, LayerWeights
 from sl_serve.weights.store import LayerStore
 
 
+class Fetched(NamedTuple):
+    """Experts, ready to be computed with."""
+
+    weights: ExpertWeights
+    memory: Sequence[torch.Tensor]  # that they are read from
+
+
 class WeightSource(Protocol):
+    def begin(self, is_routed: bool) -> None:
+        """Before a step's first layer. `is_routed`: it will need few of each layer's experts."""
+
     def acquire(self) -> LayerWeights:
-        """The next layer, ready to be computed with."""
+        """The next layer but for its experts, ready to be computed with."""
+
+    def experts(self, layer: int, chosen: Sequence[int]) -> Fetched:
+        """Of an acquired layer, these at least. Valid until more are asked for, or the layer is
+        released."""
 
     def advance(self, part: int, n_parts: int) -> None:
         """Called before each of the layer's n_parts cells: queue that cell's share of what comes
@@ -39,7 +54,8 @@ class WeightSource(Protocol):
 
     @property
     def n_bytes_moved(self) -> int:
-        """Bytes of all layers acquired so far."""
+        """Bytes so far: of layers acquired, what came whether or not it was needed, and of experts
+        asked for, those that were not there already."""
 
 
 class InPlaceWeights:
@@ -49,18 +65,35 @@ class InPlaceWeights:
         self._store = store
         # By address and layer: images are few, and so are slots.
         self._views: dict[tuple[int, int], LayerWeights] = {}
+        self._experts: dict[tuple[int, int], ExpertWeights] = {}
+        self._asked: set[int] = set()  # experts of the acquired layer
         self._image: torch.Tensor | None = None
         self._n_acquired = 0
         self._n_released = 0
+        self.n_bytes_moved = 0
+
+    def begin(self, is_routed: bool) -> None:
+        self._store.begin(is_routed)
 
     def acquire(self) -> LayerWeights:
         layer = self._n_acquired % self._store.n_layers
         self._image = image = self._store.acquire(layer)
         self._n_acquired += 1
+        self.n_bytes_moved += self._store.layout.dense_bytes(layer)
+        self._asked = set()
         key = (image.data_ptr(), layer)
         if key not in self._views:
             self._views[key] = self._store.layout.views(image, layer)
+            self._experts[key] = self._store.layout.experts(image, layer)
         return self._views[key]
+
+    def experts(self, layer: int, chosen: Sequence[int]) -> Fetched:
+        image, layout = self.buffer(), self._store.layout
+        new = set(chosen) - self._asked
+        self._asked |= new
+        self._store.fetch(layer, new)
+        self.n_bytes_moved += layout.experts_bytes(layer, new)
+        return Fetched(self._experts[image.data_ptr(), layer], (image,))
 
     def advance(self, part: int, n_parts: int) -> None:
         pass
@@ -79,10 +112,6 @@ class InPlaceWeights:
     def buffer(self) -> torch.Tensor:
         assert self._image is not None
         return self._image
-
-    @property
-    def n_bytes_moved(self) -> int:
-        return self._n_acquired * self._store.layout.image_bytes
 
 
 class StreamedWeights:
@@ -111,10 +140,11 @@ class StreamedWeights:
         resident: Mapping[int, torch.Tensor] | None = None,
         expander: Expander | None = None,
         n_slots: int | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         """`store` has the streamed layers, `resident` the images of the others; `expander` is
         needed if any of them is not plain. `n_slots`: one more where a layer is acquired before
-        the last one is released."""
+        the last one is released. `cache_bytes`: for experts, beside all that."""
         self.look_ahead = look_ahead
         self._device = device
         self._store = store
@@ -129,6 +159,12 @@ class StreamedWeights:
         self._slots = [device.empty(layout.image_bytes) for _ in range(n_slots)]
         # Any layer comes into any slot.
         self._views = [{i: layout.views(s, i) for i in self._streamed} for s in self._slots]
+        self._experts = [{i: layout.experts(s, i) for i in self._streamed} for s in self._slots]
+        self._resident_experts = {i: layout.experts(m, i) for i, m in self._resident.items()}
+        self._arrived = [_Arrived(0, set()) for _ in self._slots]
+        self._cache = ExpertCache(device, layout, cache_bytes)
+        self._is_routed = False
+        self._unit_of: dict[int, int] = {}  # of streamed layers that are in use
         self._released: list[Event | None] = [None] * n_slots
         self._loaded: list[Event | None] = [None] * n_slots
         self._layer = -1  # the acquired one
@@ -141,15 +177,20 @@ class StreamedWeights:
         self._n_units_released = 0
         self.n_bytes_moved = 0
 
+    def begin(self, is_routed: bool) -> None:
+        self._is_routed = is_routed
+
     def acquire(self) -> LayerWeights:
         self._layer = layer = self._n_layers_acquired % len(self._phases)
         self._n_layers_acquired += 1
         if layer in self._resident:
             return self._ready(self._resident_views[layer], self._resident[layer])
         self._unit += 1
-        self.n_bytes_moved += self._layout.stored_bytes(layer)
+        self._unit_of[layer] = self._unit
         self._queue_until(self._unit + 1, 0)
         slot = self._slot(self._unit)
+        self._make_up_for(layer, slot)
+        self.n_bytes_moved += self._arrived[slot].n_bytes
         loaded = self._loaded[slot]
         assert loaded is not None
         self._device.wait(Stream.COMPUTE, loaded)
@@ -157,6 +198,16 @@ class StreamedWeights:
         if self._leaves_its_slot_at_once(layer):
             self._released[slot] = self._device.record(Stream.COMPUTE)
         return weights
+
+    def experts(self, layer: int, chosen: Sequence[int]) -> Fetched:
+        if layer in self._resident:
+            stored = Fetched(self._resident_experts[layer], (self._resident[layer],))
+        else:
+            stored = self._fetch(layer, self._slot(self._unit_of[layer]), chosen)
+        if self._layout.is_plain(layer):
+            return stored
+        assert self._expander is not None
+        return Fetched(*self._expander.expand_experts(layer, chosen, *stored))
 
     def advance(self, part: int, n_parts: int) -> None:
         if self.look_ahead and self._streamed:
@@ -171,6 +222,7 @@ class StreamedWeights:
         self._n_layers_released += 1
         if layer in self._resident:
             return
+        self._unit_of.pop(layer, None)
         slot = self._slot(self._n_units_released)
         self._n_units_released += 1
         if not self._leaves_its_slot_at_once(layer):
@@ -194,26 +246,80 @@ class StreamedWeights:
     @property
     def n_bytes_ahead(self) -> int:
         """Bytes queued beyond the acquired unit."""
-        whole = range(self._unit + 1, self._filling)
-        return sum(map(self._unit_bytes, whole)) + self._filled_bytes
+        queued = range(self._unit + 1, self._filling)
+        return sum(self._arrived[self._slot(u)].n_bytes for u in queued) + self._filled_bytes
 
     def _leaves_its_slot_at_once(self, layer: int) -> bool:
-        """Not in the serial twin, where nothing is to come down beside the arithmetic."""
-        return self.look_ahead > 0 and not self._layout.is_plain(layer)
+        """Not in the serial twin, where nothing is to come down beside the arithmetic, and not
+        where experts are still to be expanded."""
+        stays = self._layout.is_plain(layer) or self._layout.n_experts(layer) > 0
+        return self.look_ahead > 0 and not stays
 
     def _ready(self, weights: LayerWeights, image: torch.Tensor) -> LayerWeights:
         """The acquired layer, which lies in `image`, in the compute dtype."""
         if self._layout.is_plain(self._layer):
             return weights
         assert self._expander is not None
-        stored = image[: self._layout.stored_bytes(self._layer)]
-        return self._expander.expand(weights, stored)
+        stored = image[: self._layout.dense_bytes(self._layer)]
+        return self._expander.expand(weights, stored, self._layer)
 
     def _slot(self, unit: int) -> int:
         return unit % len(self._slots)
 
     def _unit_bytes(self, unit: int) -> int:
-        return self._layout.stored_bytes(self._streamed[unit % len(self._streamed)])
+        """What of a unit is queued before it is acquired."""
+        layer = self._streamed[unit % len(self._streamed)]
+        if self._is_routed and layer in self._store.host_images:
+            return self._layout.dense_bytes(layer)
+        return self._layout.stored_bytes(layer)
+
+    def _make_up_for(self, layer: int, slot: int) -> None:
+        """Queue what of the acquired unit the step before did not expect to be needed."""
+        arrived, n_bytes = self._arrived[slot].n_bytes, self._unit_bytes(self._unit)
+        if arrived < n_bytes:
+            rest = slice(arrived, n_bytes)
+            image = self._store.host_images[layer]
+            self._device.copy(Stream.LOAD, self._slots[slot][rest], image[rest], "weights")
+            self._loaded[slot] = self._device.record(Stream.LOAD)
+            self._arrived[slot] = _Arrived(n_bytes, set())
+
+    def _fetch(self, layer: int, slot: int, chosen: Sequence[int]) -> Fetched:
+        """Bring experts that are neither in the slot nor in the cache to one of them."""
+        arrived = self._arrived[slot]
+        weights = {}
+        memory = [self._slots[slot]]
+        missing = []
+        for expert in chosen:
+            stop = self._layout.expert_range(layer, expert).stop
+            if stop <= arrived.n_bytes or expert in arrived.experts:
+                weights[expert] = self._experts[slot][layer][expert]
+            elif (cached := self._cache.find(layer, expert)) is not None:
+                weights[expert] = cached.weights
+                memory.append(cached.memory)
+            else:
+                missing.append(expert)
+        if missing:
+            self._device.wait(Stream.LOAD, self._device.record(Stream.COMPUTE))
+            for expert in missing:
+                weights[expert] = self._copy_expert(layer, slot, expert, chosen, memory)
+            self._device.wait(Stream.COMPUTE, self._device.record(Stream.LOAD))
+        return Fetched(weights, memory)
+
+    def _copy_expert(
+        self, layer: int, slot: int, expert: int, kept: Sequence[int], memory: list[torch.Tensor]
+    ) -> LayerWeights:
+        """To the cache, unless that is full of experts that are to be kept."""
+        place = self._layout.expert_range(layer, expert)
+        taken = self._cache.take(layer, expert, kept)
+        if taken is None:
+            to, weights = self._slots[slot][place], self._experts[slot][layer][expert]
+            self._arrived[slot].experts.add(expert)
+        else:
+            to, weights = taken.memory[: place.stop - place.start], taken.weights
+            memory.append(taken.memory)
+        self._device.copy(Stream.LOAD, to, self._store.host_images[layer][place], "experts")
+        self.n_bytes_moved += to.numel()
+        return weights
 
     def _queue_until(self, unit: int, n_bytes: int) -> None:
         """Queue all units before `unit`, and the first n_bytes of it."""
@@ -224,24 +330,32 @@ class StreamedWeights:
 
     def _queue_to(self, end_bytes: int) -> None:
         """Bring the unit being filled to end_bytes; begin and finish it where that is due."""
-        if end_bytes <= self._filled_bytes:
-            return
         slot = self._slot(self._filling)
         layer = self._streamed[self._filling % len(self._streamed)]
-        if self._filled_bytes == 0:
-            self._image = self._store.acquire(layer)
-            released = self._released[slot]
-            if released is not None:
-                self._device.wait(Stream.LOAD, released)
-        assert self._image is not None
-        share = slice(self._filled_bytes, end_bytes)
-        self._device.copy(Stream.LOAD, self._slots[slot][share], self._image[share], "weights")
-        self._filled_bytes = end_bytes
-        if end_bytes == self._unit_bytes(self._filling):
+        if end_bytes > self._filled_bytes:
+            if self._filled_bytes == 0:
+                self._image = self._store.acquire(layer)
+                released = self._released[slot]
+                if released is not None:
+                    self._device.wait(Stream.LOAD, released)
+            assert self._image is not None
+            share = slice(self._filled_bytes, end_bytes)
+            self._device.copy(Stream.LOAD, self._slots[slot][share], self._image[share], "weights")
+            self._filled_bytes = end_bytes
+        # More than that where a step of the other kind began it.
+        if self._filled_bytes >= self._unit_bytes(self._filling):
             self._loaded[slot] = loaded = self._device.record(Stream.LOAD)
             self._store.release(layer, partial(self._device.synchronize, loaded))
+            self._arrived[slot] = _Arrived(self._filled_bytes, set())
             self._filling += 1
             self._filled_bytes = 0
+
+
+class _Arrived(NamedTuple):
+    """What of a unit is in its slot, or on its way there."""
+
+    n_bytes: int  # so many of its first ones
+    experts: set[int]  # and these behind them
 
 
 def _phase(layer: int, streamed: list[int], n_layers: int) -> tuple[int, int]:
@@ -280,9 +394,10 @@ def weight_source(
     resident: Mapping[int, torch.Tensor] | None = None,
     expander: Expander | None = None,
     n_slots: int | None = None,
+    cache_bytes: int = 0,
 ) -> WeightSource:
     """`resident`: images on the device of layers that `store` does not have. `expander`: for
-    layers that a device gets as stored."""
+    layers that a device gets as stored. `cache_bytes`: for experts on the device."""
     if device.in_place:
         return InPlaceWeights(store)
-    return StreamedWeights(device, store, look_ahead, resident, expander, n_slots)
+    return StreamedWeights(device, store, look_ahead, resident, expander, n_slots, cache_bytes)

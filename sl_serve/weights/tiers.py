@@ -18,7 +18,7 @@ from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.direct_file import DirectFile
 from sl_serve.weights.disk import DiskRing, Extent, Readers, slot_bytes
 from sl_serve.weights.host import host_images, host_images_of, load_image
-from sl_serve.weights.layout import LayerLayout, source_name
+from sl_serve.weights.layout import LayerLayout
 from sl_serve.weights.store import LayerStore
 
 OnLayer = Callable[[], None]
@@ -33,7 +33,7 @@ def spread(n: int, n_chosen: int) -> list[int]:
 def served_by_files(checkpoint: Checkpoint, layout: LayerLayout, n_layers: int) -> bool:
     """Whether the checkpoint's own files hold every layer's bytes just as images do."""
     places = (
-        (checkpoint.location(source_name(segment.param.sources[i], layer)), segment.format)
+        (checkpoint.location(segment.source(i, layer)), segment.format)
         for layer in range(n_layers)
         for segment in layout.segments(layer)
         for i in segment.sources
@@ -65,7 +65,7 @@ def open_store(
         extents = _spool(checkpoint, layout, on_disk, disk_dir, on_layer)
     _load(checkpoint, layout, images, on_layer)
     slots = host_images_of(slot_bytes(layout.image_bytes), range(n_ring_slots), allocate)
-    ring = DiskRing(on_disk, extents, list(slots.values()), readers)
+    ring = DiskRing(on_disk, extents, list(slots.values()), readers, layout)
     return LayerStore(layout, images, ring, len(on_disk))
 
 
@@ -91,7 +91,7 @@ def _extents_of_checkpoint(
         for segment in layout.segments(layer):
             end = segment.offset_bytes
             for i in segment.sources:
-                found = checkpoint.location(source_name(segment.param.sources[i], layer))
+                found = checkpoint.location(segment.source(i, layer))
                 assert found is not None
                 if found.path not in files:
                     files[found.path] = DirectFile(found.path)

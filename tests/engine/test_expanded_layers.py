@@ -373,7 +373,7 @@ class ReleasesBeforeExpanding(StreamedWeights):
 class ExpandsTheFirstOnly(StreamedWeights):
     def _ready(self, weights: LayerWeights, image: torch.Tensor) -> LayerWeights:
         assert self._expander is not None
-        return super()._ready(weights, image) if self._layer == 0 else self._expander._views[0]
+        return super()._ready(weights, image) if self._layer == 0 else self._expander._views[0, 0]
 
 
 LOOK_AHEADS = [0, 1, 2, 3]

@@ -8,7 +8,7 @@ wrong for one token in a thousand shows.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,10 +74,16 @@ class Tiny:
         return model
 
 
+# The reference's parameters and a checkpoint's name -> what that is of them.
+Find = Callable[[Mapping[str, torch.Tensor], str], torch.Tensor]
+
+
 class FamilyTests:
     """Derive from it with `tiny` set; `variant` runs through its names (conftest.py)."""
 
     tiny: ClassVar[Tiny]
+    # Where transformers' parameters are not the checkpoint's tensors.
+    find: ClassVar[Find] = staticmethod(lambda parameters, name: parameters[name])
 
     def test_every_log_probability_at_every_position(self, variant: str, tmp_path: Path) -> None:
         reference = self.tiny.write(tmp_path, variant)
@@ -94,7 +100,7 @@ class FamilyTests:
         """As transformers computes with the numbers that our blocks stand for."""
         reference = self.tiny.write(tmp_path)
         prompts = random_prompts(3)
-        with_numbers_of(reference, tmp_path, short_weights)
+        with_numbers_of(reference, tmp_path, short_weights, self.find)
         check(reference, prompts, news_of(tmp_path, prompts, weights=short_weights), 1e-3)
 
 
@@ -136,7 +142,7 @@ def check(
         assert gaps.max() < 10 * tolerance, "another token than the reference's"
 
 
-def with_numbers_of(reference: PreTrainedModel, folder: Path, weights: str) -> None:
+def with_numbers_of(reference: PreTrainedModel, folder: Path, weights: str, find: Find) -> None:
     """The reference's parameters become what the checkpoint's are in so few bits."""
     checkpoint = with_weights(open_checkpoint(folder), weights)
     changed = 0
@@ -145,7 +151,8 @@ def with_numbers_of(reference: PreTrainedModel, folder: Path, weights: str) -> N
         for name in checkpoint.names():
             if checkpoint.format(name).dtype is None:
                 numbers, transposed = checkpoint.read(name), checkpoint.config.transposed
-                parameters[name].copy_(numbers.t() if name.endswith(transposed) else numbers)
+                as_there = numbers.t() if name.endswith(transposed) else numbers
+                find(parameters, name).copy_(as_there)
                 changed += 1
     checkpoint.close()
     assert changed, "nothing became shorter"

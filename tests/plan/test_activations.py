@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,3 +61,34 @@ def test_sizes_against_the_tensors_of_the_family(shape: str) -> None:
     assert sizes.kv_token_bytes == 4 * 2 * config.n_layers * config.n_kv_heads * config.head_dim
     assert 0.98 < sizes.layer_flops_per_token / (2 * n_elements) <= 1
     assert stored_dtype(checkpoint) == config.dtype
+
+
+EXPERT_SHAPES = ["mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b"]
+
+
+@pytest.mark.parametrize("shape", EXPERT_SHAPES)
+def test_sizes_of_models_with_experts(shape: str) -> None:
+    """Bytes are those of all experts, arithmetic that of those which a token is given."""
+    checkpoint = open_dummy(shape)
+    config = checkpoint.config
+    sizes = read_sizes(shape, config, torch.bfloat16, torch.bfloat16)
+    in_layers = {n: math.prod(checkpoint.shape(n)) for n in checkpoint.names() if ".layers.0." in n}
+    experts = sum(size for name, size in in_layers.items() if ".experts." in name)
+    assert sizes.layer_bytes == pytest.approx(2 * sum(in_layers.values()), rel=0.01)
+    assert sizes.experts_bytes == pytest.approx(2 * experts, rel=0.01)
+    share = config.experts_per_token / config.n_experts
+    flops = 2 * (sum(in_layers.values()) - (1 - share) * experts)
+    assert sizes.layer_flops_per_token == pytest.approx(flops, rel=0.01)
+    tokens = np.array([0.0, 1.0, 1e6])
+    fetched = sizes.fetched_layer_bytes(tokens)
+    own = sizes.layer_bytes - sizes.experts_bytes
+    assert fetched == pytest.approx([own, own + share * sizes.experts_bytes, sizes.layer_bytes])
+
+
+@pytest.mark.parametrize("shape", EXPERT_SHAPES)
+def test_activations_of_experts_are_linear_too(shape: str) -> None:
+    fit = fit_activations(settings(shape), torch.bfloat16)
+    third = activation_bytes(settings(shape), torch.bfloat16, 1500)
+    assert fit.at(1500) == pytest.approx(third, rel=0.01)
+    config = settings(shape)
+    assert fit.per_token > 2 * (4 * config.hidden_size + 3 * config.expert_size)

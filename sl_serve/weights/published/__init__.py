@@ -17,7 +17,7 @@ from sl_serve.weights.fields import Fields, read_json_object, shown
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import Format
 from sl_serve.weights.hf_folder import HfFolder
-from sl_serve.weights.published import awq, blocks, compressed_tensors, fp8, gptq
+from sl_serve.weights.published import awq, blocks, compressed_tensors, fp8, gptq, mxfp4
 from sl_serve.weights.published.packed import PackedMatrix
 from sl_serve.weights.wrapped import WrappedCheckpoint
 
@@ -31,6 +31,7 @@ _LAYOUTS: Mapping[str, Layout] = {
     "awq": awq.matrices,
     "compressed-tensors": compressed_tensors.matrices,
     "fp8": fp8.matrices,
+    "mxfp4": mxfp4.matrices,
     blocks.METHOD: blocks.matrices,
 }
 _ABOUT_ACTIVATIONS = ("activation_scheme", "kv_cache_scheme")

@@ -1,0 +1,119 @@
+"""gpt-oss: Llama's attention with biases and a learned sink for each head, every other layer within
+a window; and in every layer experts, whose SwiGLU is clamped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from sl_serve.config import ModelConfig
+from sl_serve.errors import ModelError
+from sl_serve.models import Block, RopeTable, Routed, llama
+from sl_serve.models.experts import likeliest, router_params
+from sl_serve.models.llama import head_input, hidden_states, static_tensors
+from sl_serve.models.parts import add_linear, linear, vector_param
+from sl_serve.ops import Ops, Scoring
+from sl_serve.weights.fields import Fields
+from sl_serve.weights.hf_fields import decoder_fields
+from sl_serve.weights.layout import LayerWeights, Param
+
+__all__ = [
+    "block",
+    "expert",
+    "head_input",
+    "hidden_states",
+    "layer_params",
+    "model_config",
+    "static_tensors",
+]
+
+MLP = llama.PREFIX + "mlp."
+LAYER_TYPES = ("sliding_attention", "full_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class GptOssConfig(ModelConfig):
+    windows: tuple[int | None, ...] = ()  # of each layer
+    gate_gain: float = 1.702
+    limit: float = 7.0
+
+
+def model_config(fields: Fields, generation: Fields) -> GptOssConfig:
+    fields.only("hidden_act", "silu")
+    common = decoder_fields(fields, generation)
+    if "dtype" not in fields and "torch_dtype" not in fields:
+        common["dtype"] = "bfloat16"  # of the published ones, which do not say it
+    return GptOssConfig(
+        **common | {"norm_eps": fields.number("rms_norm_eps", 1e-5)},
+        attention_bias=fields.boolean("attention_bias", True),
+        n_experts=fields.integer("num_local_experts"),
+        experts_per_token=fields.integer("num_experts_per_tok", 4),
+        expert_size=common["intermediate_size"],
+        windows=_windows(fields, common["n_layers"]),
+        gate_gain=fields.number("swiglu_alpha", 1.702),
+        limit=fields.number("swiglu_limit", 7.0),
+    )
+
+
+def _windows(fields: Fields, n_layers: int) -> tuple[int | None, ...]:
+    types = fields.get("layer_types") or [LAYER_TYPES[i % 2] for i in range(n_layers)]
+    known = isinstance(types, list) and all(t in LAYER_TYPES for t in types)
+    if not known or len(types) != n_layers:
+        raise ModelError(
+            f"{fields.source}: layer_types must be {n_layers} of {' and '.join(LAYER_TYPES)}"
+        )
+    window = fields.integer("sliding_window", 128)
+    return tuple(window if t == LAYER_TYPES[0] else None for t in types)
+
+
+def layer_params(config: ModelConfig) -> tuple[Param, ...]:
+    own = [p for p in llama.layer_params(config) if p.name not in ("gate_up", "down")]
+    sinks = vector_param("sinks", llama.PREFIX + "self_attn.sinks", config.n_heads)
+    hidden, inner = config.hidden_size, config.expert_size
+    experts = (
+        *_stacked("gate_up", "gate_up_proj", hidden, 2 * inner),
+        *_stacked("down", "down_proj", inner, hidden),
+    )
+    return (
+        *own,
+        sinks,
+        *router_params(config, MLP + "router", bias=True),
+        *(replace(p, n_experts=config.n_experts) for p in experts),
+    )
+
+
+def _stacked(name: str, source: str, n_in: int, n_out: int) -> tuple[Param, Param]:
+    weight, bias = (f"{MLP}experts.{source}{end}[{{expert}}]" for end in ("", "_bias"))
+    return (
+        Param(name, (n_in, n_out), (weight,), (n_out,)),
+        vector_param(f"{name}_bias", bias, n_out),
+    )
+
+
+def block(
+    config: ModelConfig,
+    ops: Ops,
+    layer: int,
+    w: LayerWeights,
+    x: torch.Tensor,
+    ropes: Sequence[RopeTable],
+) -> Block:
+    assert isinstance(config, GptOssConfig)
+    new = llama.new_tokens(config, ops, w, x, ropes[0])
+    scoring = Scoring(window=config.windows[layer], sinks=w["sinks"].float())
+    attended = yield new._replace(scoring=scoring)
+    add_linear(ops, "o", x, attended, w)
+    h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
+    logits = linear(ops, "router", h, w)
+    x += yield Routed(h, *likeliest(logits, config.experts_per_token, sum_to_one=True))
+
+
+def expert(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+    """Gates and what they let pass come by turns."""
+    assert isinstance(config, GptOssConfig)
+    gate, up = linear(ops, "gate_up", x, w).view(len(x), -1, 2).unbind(-1)
+    gate = gate.clamp(max=config.limit)
+    up = up.clamp(-config.limit, config.limit)
+    return linear(ops, "down", (gate * config.gate_gain).sigmoid_().mul_(gate).mul_(up + 1), w)

@@ -1,0 +1,114 @@
+"""Qwen3 with experts: Llama's layers with a norm on each head's queries and keys, and in most of
+them experts instead of the one MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from sl_serve.config import ModelConfig
+from sl_serve.models import Block, NewTokens, RopeTable, Routed, llama
+from sl_serve.models.experts import (
+    expert_params,
+    gated_expert,
+    likeliest,
+    n_experts,
+    router_params,
+    sparse_layers,
+)
+from sl_serve.models.llama import head_input, hidden_states, static_tensors
+from sl_serve.models.parts import add_linear, linear, norm_heads, vector_param
+from sl_serve.ops import CAUSAL, Ops, Scoring
+from sl_serve.weights.fields import Fields
+from sl_serve.weights.hf_fields import decoder_fields
+from sl_serve.weights.layout import LayerWeights, Param
+
+__all__ = [
+    "block",
+    "expert",
+    "head_input",
+    "hidden_states",
+    "layer_params",
+    "model_config",
+    "static_tensors",
+]
+
+MLP = llama.PREFIX + "mlp."
+ATTENTION = llama.PREFIX + "self_attn."
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen3MoeConfig(ModelConfig):
+    sparse: tuple[int, ...] = ()  # layers with experts
+    sum_to_one: bool = False  # the weights of a token's experts
+    window: int | None = None
+
+
+def model_config(fields: Fields, generation: Fields) -> Qwen3MoeConfig:
+    fields.only("hidden_act", "silu")
+    common = decoder_fields(fields, generation)
+    has_window = fields.boolean("use_sliding_window", False) and "sliding_window" in fields
+    return Qwen3MoeConfig(
+        **common,
+        attention_bias=fields.boolean("attention_bias", False),
+        n_experts=n_experts(fields, "num_experts", "num_local_experts"),
+        experts_per_token=fields.integer("num_experts_per_tok", 8),
+        expert_size=fields.integer("moe_intermediate_size", 768),
+        sparse=sparse_layers(fields, common["n_layers"]),
+        sum_to_one=fields.boolean("norm_topk_prob", False),
+        window=fields.integer("sliding_window") if has_window else None,
+    )
+
+
+def layer_params(config: ModelConfig) -> tuple[Param, ...]:
+    assert isinstance(config, Qwen3MoeConfig)
+    dense = tuple(i for i in range(config.n_layers) if i not in config.sparse)
+    own = [
+        replace(p, layers=dense) if p.name in ("gate_up", "down") else p
+        for p in llama.layer_params(config)
+    ]
+    return (
+        *own,
+        vector_param("q_norm", ATTENTION + "q_norm.weight", config.head_dim),
+        vector_param("k_norm", ATTENTION + "k_norm.weight", config.head_dim),
+        *router_params(config, MLP + "gate", config.sparse),
+        *expert_params(config, MLP + "experts.{expert}", config.sparse),
+    )
+
+
+def block(
+    config: ModelConfig,
+    ops: Ops,
+    layer: int,
+    w: LayerWeights,
+    x: torch.Tensor,
+    ropes: Sequence[RopeTable],
+) -> Block:
+    assert isinstance(config, Qwen3MoeConfig)
+    attended = yield new_tokens(config, ops, w, x, ropes[0])
+    add_linear(ops, "o", x, attended, w)
+    h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
+    if "router" not in w:
+        add_linear(ops, "down", x, ops.silu_mul(linear(ops, "gate_up", h, w)), w)
+        return
+    logits = linear(ops, "router", h, w)
+    x += yield Routed(h, *likeliest(logits, config.experts_per_token, config.sum_to_one))
+
+
+def new_tokens(
+    config: Qwen3MoeConfig, ops: Ops, w: LayerWeights, x: torch.Tensor, rope: RopeTable
+) -> NewTokens:
+    h = ops.rms_norm(x, w["input_norm"], config.norm_eps)
+    qkv = linear(ops, "qkv", h, w).view(len(h), -1, config.head_dim)
+    sizes = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+    q, k, v = torch.split_with_sizes(qkv, sizes, dim=1)
+    norm_heads(ops, q, w["q_norm"], config.norm_eps)
+    norm_heads(ops, k, w["k_norm"], config.norm_eps)
+    ops.rope_(qkv[:, : config.n_heads + config.n_kv_heads], rope.cos, rope.sin)
+    return NewTokens(q, k, v, CAUSAL if config.window is None else Scoring(window=config.window))
+
+
+def expert(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+    return gated_expert(ops, w, x)
