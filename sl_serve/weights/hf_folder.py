@@ -13,6 +13,7 @@ import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError, ModelError
+from sl_serve.models import load_family
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.fields import read_json_object, shown
 from sl_serve.weights.file_range import FileRange
@@ -32,7 +33,7 @@ class HfFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_model_config(path)
-        self._tensors = _with_full_names(_open_shards(path))
+        self._tensors = _with_full_names(_open_shards(path), _start_of_names(self.config))
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()
@@ -94,14 +95,20 @@ def read_model_config(folder: Path) -> ModelConfig:
     return model_config_from_hf(read_json_object(config_path), generation, str(config_path))
 
 
+def _start_of_names(config: ModelConfig) -> str:
+    """What starts all names but the head's."""
+    embedding, _ = load_family(config.family).static_tensors(config)["embed"]
+    return embedding.split(".")[0] + "."
+
+
 def _with_full_names(
-    files: Mapping[str, SafetensorsFile],
+    files: Mapping[str, SafetensorsFile], start: str
 ) -> dict[str, tuple[SafetensorsFile, str]]:
     """Name -> file and name there. Exports of a model without its head, among them early ones of
-    OPT, leave out the "model." that starts all names but the head's."""
-    bare = not any(name.startswith("model.") for name in files)
+    OPT, leave out the `start`."""
+    bare = not any(name.startswith(start) for name in files)
     return {
-        f"model.{name}" if bare and not name.startswith("lm_head.") else name: (file, name)
+        start + name if bare and not name.startswith("lm_head.") else name: (file, name)
         for name, file in files.items()
     }
 

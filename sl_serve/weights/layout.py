@@ -42,7 +42,9 @@ class Param:
 
     def source_shape(self, i: int) -> tuple[int, ...]:
         rows = self.source_rows[i]
-        return (rows, self.shape[0]) if self.is_matrix else (rows,)
+        if self.is_matrix:
+            return rows, self.shape[0]
+        return (rows,) if self.shape else ()
 
     def seen(self, elements: torch.Tensor) -> torch.Tensor:
         """The parameter's elements, one after another in memory, in the parameter's shape."""
