@@ -18,7 +18,9 @@ LoadFormat = Literal["auto", "dummy"]  # as the model's files are, or random wei
 LOGITS_BLOCK_LINES = 256
 
 
-RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+# positions: nothing is turned; the tables are the tokens' positions, for a family that turns heads
+# by means of its own.
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope", "positions"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.layout import LayerWeights, Param
 
-SHARED_MODULES = frozenset({"experts", "parts", "rope"})
+SHARED_MODULES = frozenset({"experts", "generic", "parts", "rope"})
+GENERIC = "generic"  # the family of what has no file here: transformers' modules, opened
 
 
 # Our name -> (checkpoint name, shape): "embed", "head", and what else stands outside the layers.
@@ -157,7 +158,7 @@ def supported_families() -> tuple[str, ...]:
 
 def load_family(name: str) -> Family:
     """The family's module. Raises ModelError, naming what is supported."""
-    if name not in supported_families():
+    if name not in (*supported_families(), GENERIC):
         supported = ", ".join(supported_families())
         raise ModelError(f"model type '{name}' is not supported; supported: {supported}")
     return cast(Family, importlib.import_module(f"{__name__}.{name}"))

@@ -41,7 +41,10 @@ class Rotations:
             if long is not None:
                 is_long = self._upload(final_lengths > rope.original_max_positions)
                 frequencies = torch.where(is_long[:, None], long, inverse)
-            found.append(rope_table(frequencies, positions, rope.amplitude))
+            if rope.kind == "positions":
+                found.append(RopeTable(positions[:, None], positions[:, None]))
+            else:
+                found.append(rope_table(frequencies, positions, rope.amplitude))
         return tuple(found)
 
 

@@ -73,9 +73,9 @@ class DummyCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         """A view: rows of matrices overlap, elements of vectors are one and the same."""
         shape = self.shape(name)
-        if len(shape) == 1:
+        if len(shape) < 2:
             value = 0.0 if name.endswith(".bias") else 1.0
-            return torch.full((1,), value, dtype=self._dtype).expand(shape)
+            return torch.full((), value, dtype=self._dtype).expand(shape)
         n_rows, n_in = shape
         tile = self._tile(n_in)
         slack = tile.numel() - n_in

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sl_serve.config import ModelConfig
-from sl_serve.models import load_family, supported_families
-from sl_serve.weights.families import check_family
+from sl_serve.models import GENERIC, load_family, supported_families
 from sl_serve.weights.fields import Fields
 
 
@@ -18,5 +17,5 @@ def model_config_from_hf(
     messages. Raises ModelError for anything that would change the arithmetic unnoticed."""
     fields = Fields(raw, source)
     family = fields.text("model_type")
-    check_family(family, supported_families(), source)
-    return load_family(family).model_config(fields, Fields(generation, "generation_config.json"))
+    reader = load_family(family if family in supported_families() else GENERIC)
+    return reader.model_config(fields, Fields(generation, "generation_config.json"))

@@ -59,6 +59,8 @@ class Param:
         rows, line = self.source_rows[i], self.source_line
         if self.is_matrix:
             return (rows, self.shape[0])
+        if not self.shape:
+            return ()
         return (rows,) if line is None else (rows // line, line)
 
     def seen(self, elements: torch.Tensor) -> torch.Tensor:

@@ -114,7 +114,7 @@ def test_end_ids_of_both_files_are_joined(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "bert"}, "bert.*supported: .*llama"),
+        ({"model_type": "mamba"}, "mamba.*supported: .*llama"),
         ({"model_type": "../../etc"}, "supported: .*llama"),
         ({"model_type": ["llama"]}, "model_type must be a string"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
