@@ -24,10 +24,16 @@ from transformers import (
     Exaone4ForCausalLM,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
+    GraniteSWAConfig,
+    GraniteSWAForCausalLM,
     HeliumConfig,
     HeliumForCausalLM,
     HunYuanDenseV1Config,
     HunYuanDenseV1ForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
     Olmo3Config,
@@ -54,6 +60,20 @@ from tests.families.harness import FamilyTests, Tiny, check, news_of
 from tests.families.test_llama import TINY as LLAMA
 
 WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+LATENT = {  # keys of 24 elements, values of 16
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.5,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.3,
+}
 MODELS = {
     tiny.family: tiny
     for tiny in (
@@ -63,7 +83,10 @@ MODELS = {
         Tiny(Ernie4_5Config, Ernie4_5ForCausalLM, {"head_dim": 24}),
         Tiny(Exaone4Config, Exaone4ForCausalLM, WINDOWS | {"num_hidden_layers": 4}),
         Tiny(GPTBigCodeConfig, GPTBigCodeForCausalLM),
+        Tiny(GraniteSWAConfig, GraniteSWAForCausalLM, MULTIPLIERS),
         Tiny(HunYuanDenseV1Config, HunYuanDenseV1ForCausalLM, {"head_dim": 16}),
+        Tiny(MiniCPM3Config, MiniCPM3ForCausalLM, LATENT),
+        Tiny(NanoChatConfig, NanoChatForCausalLM),
         Tiny(NemotronConfig, NemotronForCausalLM),
         Tiny(Olmo3Config, Olmo3ForCausalLM, WINDOWS | {"num_hidden_layers": 4}),
         Tiny(OlmoeConfig, OlmoeForCausalLM, {"num_experts": 6, "num_experts_per_tok": 2}),
@@ -133,6 +156,7 @@ def write_settings(folder: Path, model_type: str, **changes: Any) -> None:
         ("mamba", {"num_hidden_layers": 2}, "'linear_attention'"),
         ("lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "'conv'"),
         ("xglm", {"num_layers": 2}, "do not attend by transformers' interface"),
+        ("falcon", {"num_hidden_layers": 2}, "takes no other"),
         ("doge", {"num_hidden_layers": 2}, "masks attention by means of its own"),
         ("helium", {"num_hidden_layers": 2, "is_causal": False}, r"\d+% off"),
         ("ernie4_5_moe", {"num_hidden_layers": 2}, "different tensors"),

@@ -68,10 +68,14 @@ def model_class(settings: Any) -> Any:
 def built(settings: Any) -> Any:
     """The module: parameters on the meta device, buffers that no checkpoint has as they are."""
     register()
-    with torch.device("meta"):
-        model = model_class(settings)._from_config(
-            settings, dtype=torch.float32, attn_implementation=OURS, experts_implementation=OURS
-        )
+    ours = {"attn_implementation": OURS, "experts_implementation": OURS}
+    try:
+        with torch.device("meta"):
+            model = model_class(settings)._from_config(settings, dtype=torch.float32, **ours)
+    except KeyError as error:
+        if error.args != (OURS,):
+            raise
+        raise UnfitError("it knows a few ways to attend, and takes no other") from None
     for name, buffer in list(model.named_non_persistent_buffers()):
         owner, _, own = name.rpartition(".")
         real = torch.empty_like(buffer, device="cpu")

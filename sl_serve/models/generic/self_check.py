@@ -22,6 +22,7 @@ MAX_ELEMENTS = 1 << 27
 MAX_ERROR = 1e-3  # of logits, against the largest: both sides compute in float32
 _VOCABULARY = 96
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "mlp_hidden_size")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -62,9 +63,14 @@ def shrunk(settings: Any) -> Any:
         value = getattr(settings, name)
         if isinstance(value, int) and name.endswith(_WIDTHS):
             setattr(small, name, 48)
+    for name in _EXPERTS:
+        if isinstance(getattr(settings, name, None), int):
+            most = 4 * settings.num_experts_per_tok
+            setattr(small, name, min(getattr(settings, name), most))
     if isinstance(getattr(settings, "sliding_window", None), int):
         small.sliding_window = WINDOW
-    small.max_position_embeddings = min(settings.max_position_embeddings, 256)
+    if getattr(settings, "rope_parameters", None) is None:  # a table of them would be large
+        small.max_position_embeddings = min(settings.max_position_embeddings, 256)
     for name in _TOKENS:
         if getattr(settings, name, None) is not None:
             setattr(small, name, 1)
