@@ -52,7 +52,7 @@ class StableLmConfig(ModelConfig):
 
 
 def model_config(fields: Fields, generation: Fields) -> StableLmConfig:
-    fields = fields.or_else({"partial_rotary_factor": 0.25})
+    fields = fields.with_defaults(partial_rotary_factor=0.25, max_position_embeddings=4096)
     return StableLmConfig(
         **decoder_fields(fields, generation) | {"norm_eps": fields.number("layer_norm_eps", 1e-5)},
         attention_bias=fields.boolean("use_qkv_bias", False),

@@ -49,7 +49,7 @@ class Starcoder2Config(ModelConfig):
 def model_config(fields: Fields, generation: Fields) -> Starcoder2Config:
     fields.only("mlp_type", "default")
     fields.only("norm_type", "layer_norm")
-    fields = fields.or_else({"tie_word_embeddings": True})
+    fields = fields.with_defaults(tie_word_embeddings=True, max_position_embeddings=4096)
     has_biases = fields.boolean("use_bias", True)
     return Starcoder2Config(
         **decoder_fields(fields, generation) | {"norm_eps": fields.number("norm_epsilon", 1e-5)},
