@@ -14,6 +14,7 @@ from sl_serve.models.parts import (
     activation_name,
     add_mlp,
     final_layer_norm,
+    halves_apart,
     layer_norm,
     layer_norm_params,
     layer_norm_tensors,
@@ -21,7 +22,6 @@ from sl_serve.models.parts import (
     linear_params,
     mlp_input,
     new_tokens_of,
-    pairs_apart_,
     vocabulary_tensors,
 )
 from sl_serve.ops import Ops
@@ -107,6 +107,6 @@ def block(
 def rotated(config: ModelConfig, ops: Ops, heads: torch.Tensor, rope: RopeTable) -> torch.Tensor:
     """`heads`, (T, 3 Hq, D): its queries and keys are turned in place."""
     turning = heads[:, : 2 * config.n_heads]
-    pairs_apart_(turning, rope)
+    halves_apart(turning, 2 * rope.cos.shape[1])
     ops.rope_(turning, *rope)
     return heads

@@ -159,6 +159,14 @@ def heads_in_order(qkv: torch.Tensor, n_kv_heads: int, head_dim: int) -> torch.T
     return torch.cat((groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]), dim=1)
 
 
+def halves_apart(heads: torch.Tensor, n_dims: int) -> None:
+    """Of the first n_dims elements of each head, in place: neighbours, which some families rotate
+    as pairs, come to stand n_dims / 2 apart, as `rope_` wants them. Done to queries and keys alike
+    it leaves their products as they are."""
+    turned = heads[..., :n_dims]
+    turned.copy_(turned.view(*turned.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2))
+
+
 def new_tokens_of(config: ModelConfig, heads: torch.Tensor, scoring: Scoring = CAUSAL) -> NewTokens:
     """`heads`: (T, Hq + 2 Hk, D), queries, keys and values."""
     n_q, n_kv = config.n_heads, config.n_kv_heads
