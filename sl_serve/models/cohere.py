@@ -91,7 +91,7 @@ def head_norm_params(config: CohereConfig) -> tuple[Param, ...]:
     attn, line = PREFIX + "self_attn.", config.head_dim
     sizes = {"q_norm": config.q_size, "k_norm": config.kv_size}
     return tuple(
-        Param(name, (size,), (f"{attn}{name}.weight",), (size,), line)
+        Param(name, (size,), (f"{attn}{name}.weight",), (size,), source_line=line)
         for name, size in sizes.items()
     )
 

@@ -33,11 +33,11 @@ class Param:
     shape: tuple[int, ...]
     sources: tuple[str, ...]  # "{layer}" stands for the layer's number, "{expert}" for an expert's
     source_rows: tuple[int, ...]  # outputs of each source
-    # Of a vector that checkpoints store in lines: how many elements one has.
-    source_line: int | None = None
     layers: Collection[int] | None = None  # that have it; None: all
     n_experts: int = 0  # each of so many has one of its own; 0: it is the layer's
     is_exact: bool = False  # stays as the checkpoint has it, whatever becomes of the others
+    # Of a vector that checkpoints store in lines: how many elements one has.
+    source_line: int | None = None
 
     @property
     def owners(self) -> Sequence[int | None]:

@@ -86,14 +86,11 @@ class FamilyTests:
     find: ClassVar[Find] = staticmethod(lambda parameters, name: parameters[name])
 
     def test_every_log_probability_at_every_position(self, variant: str, tmp_path: Path) -> None:
-        reference = self.tiny.write(tmp_path, variant)
-        prompts = random_prompts(4)
-        check(reference, prompts, news_of(tmp_path, prompts))
-
-    def test_streamed_in_chunks(self, variant: str, tmp_path: Path) -> None:
-        """Through two slots of a simulated device, prompts a few tokens at a time."""
+        """Prompts as a whole; then a few tokens at a time, layers streamed through two slots of a
+        simulated device."""
         reference = self.tiny.write(tmp_path, variant)
         prompts = random_prompts(3)
+        check(reference, prompts, news_of(tmp_path, prompts))
         check(reference, prompts, news_of(tmp_path, prompts, 7, SimDevice()))
 
     def test_short_weights(self, short_weights: str, tmp_path: Path) -> None:
