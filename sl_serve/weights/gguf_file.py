@@ -24,6 +24,7 @@ from sl_serve.weights.gguf_parts import Array, GgufPart, open_parts
 from sl_serve.weights.gguf_rope import ROPE_TENSORS
 from sl_serve.weights.gguf_tokenizer import load_gguf_tokenizer
 
+_MAX_EXPERTS = 1024  # of a layer; twice as many as any model has
 _PLAIN = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,
@@ -46,7 +47,8 @@ class GgufCheckpoint:
         self._settings = self._parts[0].settings
         general = Fields(self._settings, str(path))
         architecture = general.text("general.architecture")
-        has_experts = general.integer(f"{architecture}.expert_count", 0, low=0) > 0
+        key = f"{architecture}.expert_count"
+        has_experts = general.integer(key, 0, low=0, high=_MAX_EXPERTS) > 0
         family, self._dialect = find_dialect(architecture, has_experts, path)
         self.fields = config_fields(family, self._dialect, self._settings, tensors, factors, path)
         no_more = Fields({}, str(path))  # a generation_config.json has no counterpart

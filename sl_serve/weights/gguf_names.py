@@ -28,7 +28,7 @@ def stored_names(
     """Of what is there. A tensor without a place in the architecture raises ModelError: leaving it
     out would change the results unnoticed."""
     translate = _translation(architecture, path)
-    found = {}
+    found: dict[str, Place] = {}
     for template in _templates(config):
         there = translate(source_name(template, 0).replace(".{expert}", ""))
         experts = range(config.n_experts) if "{expert}" in template else (None,)
