@@ -25,8 +25,8 @@ from sl_serve.models.llama import (
 from sl_serve.models.parts import (
     WindowedConfig,
     add_linear,
+    halves_apart,
     layer_norm_heads,
-    pairs_apart_,
     vector_param,
 )
 from sl_serve.ops import CAUSAL, Ops, Scoring
@@ -122,7 +122,7 @@ def new_tokens(
         layer_norm_heads(heads[:, :n_q], w["q_norm"], config.norm_eps)
         layer_norm_heads(heads[:, n_q:n_turning], w["k_norm"], config.norm_eps)
     if rope is not None:
-        pairs_apart_(heads[:, :n_turning], rope)
+        halves_apart(heads[:, :n_turning], 2 * rope.cos.shape[1])
     return rotated(config, ops, heads, rope, scoring)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from sl_serve.config import ModelConfig
-from sl_serve.errors import ModelError
 from sl_serve.models import Block, RopeTable, gemma, llama
 from sl_serve.models.gemma import ACTIVATION, PREFIX, norm
 from sl_serve.models.parts import (
@@ -21,12 +20,11 @@ from sl_serve.models.parts import (
     vector_param,
 )
 from sl_serve.ops import CAUSAL, Ops, Scoring
-from sl_serve.weights.fields import Fields, shown
+from sl_serve.weights.fields import Fields
 from sl_serve.weights.gguf_dialect import Derived, GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
+from sl_serve.weights.hf_windows import SLIDING, layer_types
 from sl_serve.weights.layout import LayerWeights, Param
-
-WINDOWED, FULL = "sliding_attention", "full_attention"
 
 static_tensors = llama.static_tensors
 hidden_states, head_input = gemma.hidden_states, gemma.head_input
@@ -76,23 +74,14 @@ def model_config(fields: Fields, generation: Fields) -> Gemma2Config:
 def attention_fields(fields: Fields, pattern: int) -> dict[str, Any]:
     """Arguments of a Gemma2Config. `pattern`: every so many layers one sees all."""
     fields.only("use_bidirectional_attention", False)
-    n_layers = fields.integer("num_hidden_layers")
-    kinds = fields.get("layer_types") or [
-        FULL if layer % pattern == 0 else WINDOWED for layer in range(1, n_layers + 1)
-    ]
-    known = isinstance(kinds, list) and all(kind in (WINDOWED, FULL) for kind in kinds)
-    if not known or len(kinds) != n_layers:
-        raise ModelError(
-            f"{fields.source}: layer_types must name {WINDOWED} or {FULL} for each of {n_layers} "
-            f"layers, not {shown(kinds)}"
-        )
+    types = layer_types(fields, lambda layer: (layer + 1) % pattern != 0)
     query_size = fields.number("query_pre_attn_scalar", 256)
     return {
         "activation": activation_name(fields, "hidden_activation", ACTIVATION),
         "attention_bias": fields.boolean("attention_bias", False),
         "score_scale": None if query_size == fields.integer("head_dim") else query_size**-0.5,
         "window": fields.integer("sliding_window", 4096),
-        "windowed": tuple(kind == WINDOWED for kind in kinds),
+        "windowed": tuple(kind == SLIDING for kind in types),
     }
 
 

@@ -10,12 +10,13 @@ from sl_serve.config import RopeConfig
 from sl_serve.errors import ModelError
 from sl_serve.models import Block, RopeTable, gemma2
 from sl_serve.models.gemma import PREFIX, norm
-from sl_serve.models.gemma2 import FULL, WINDOWED, Gemma2Config
+from sl_serve.models.gemma2 import Gemma2Config
 from sl_serve.models.parts import new_tokens_of, vector_param
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields, shown
 from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields, scaled_rope
+from sl_serve.weights.hf_windows import FULL, SLIDING
 from sl_serve.weights.layout import LayerWeights, Param
 
 # transformers' own: the folders of the larger models leave out what is equal to these.
@@ -65,20 +66,20 @@ def _ropes(fields: Fields) -> tuple[RopeConfig, ...]:
     """Of windowed layers, of those that see all. transformers 4 writes the bases of both, and
     rope_scaling for the latter."""
     given, scaling = (fields.get(key) or {} for key in ROTARY)
-    known = isinstance(given, dict) and given.keys() <= {WINDOWED, FULL}
+    known = isinstance(given, dict) and given.keys() <= {SLIDING, FULL}
     if not known or not all(isinstance(p, dict | None) for p in (scaling, *given.values())):
         raise ModelError(
-            f"{fields.source}: rope_parameters must be those of {WINDOWED} and {FULL}, "
+            f"{fields.source}: rope_parameters must be those of {SLIDING} and {FULL}, "
             f"not {shown(given)}"
         )
     raw = {
-        WINDOWED: {"rope_theta": fields.number("rope_local_base_freq", 1e4)},
+        SLIDING: {"rope_theta": fields.number("rope_local_base_freq", 1e4)},
         FULL: {"rope_theta": fields.number("rope_theta", 1e6), **scaling},
     }
     max_positions, head_dim = (fields.integer(k) for k in ("max_position_embeddings", "head_dim"))
     return tuple(
         scaled_rope(fields, {**raw[kind], **(given.get(kind) or {})}, max_positions, head_dim)
-        for kind in (WINDOWED, FULL)
+        for kind in (SLIDING, FULL)
     )
 
 

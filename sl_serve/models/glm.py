@@ -18,7 +18,7 @@ from sl_serve.models.llama import (
     second_half,
     static_tensors,
 )
-from sl_serve.models.parts import pairs_apart_, vector_param
+from sl_serve.models.parts import halves_apart, vector_param
 from sl_serve.models.phi3 import mlp_params
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
@@ -77,5 +77,5 @@ def new_tokens(
 ) -> NewTokens:
     h = ops.rms_norm(x, w["input_norm"], config.norm_eps)
     heads = all_heads(config, ops, w, h)
-    pairs_apart_(heads[:, : config.n_heads + config.n_kv_heads], rope)
+    halves_apart(heads[:, : config.n_heads + config.n_kv_heads], 2 * rope.cos.shape[1])
     return rotated(config, ops, heads, rope)

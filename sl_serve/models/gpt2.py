@@ -50,9 +50,7 @@ class GPT2Config(ModelConfig):
 
 def model_config(fields: Fields, generation: Fields) -> GPT2Config:
     fields.only("add_cross_attention", False)
-    fields = usual_names(
-        fields.or_else({"tie_word_embeddings": True, "n_positions": fields.get("n_ctx") or 1024})
-    )
+    fields = usual_names(fields.or_else({"tie_word_embeddings": True, "n_positions": 1024}))
     settings = decoder_fields(fields, generation) | {
         "norm_eps": fields.number("layer_norm_epsilon", 1e-5),
         "ropes": (),

@@ -8,7 +8,13 @@ import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.models import Block, NewTokens, RopeTable, StaticTensors
-from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
+from sl_serve.models.parts import (
+    add_linear,
+    linear,
+    linear_params,
+    new_tokens_of,
+    vector_param,
+)
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.gguf_dialect import LLAMA_ROWS, GgufDialect
@@ -118,10 +124,9 @@ def rotated(
     scoring: Scoring = CAUSAL,
 ) -> NewTokens:
     """`heads` as `all_heads` gives them, its queries and keys turned, unless `rope` is None."""
-    n_q, n_kv = config.n_heads, config.n_kv_heads
     if rope is not None:
-        ops.rope_(heads[:, : n_q + n_kv], rope.cos, rope.sin)
-    return NewTokens(heads[:, :n_q], heads[:, n_q : n_q + n_kv], heads[:, n_q + n_kv :], scoring)
+        ops.rope_(heads[:, : config.n_heads + config.n_kv_heads], rope.cos, rope.sin)
+    return new_tokens_of(config, heads, scoring)
 
 
 def second_half(

@@ -103,14 +103,6 @@ def layer_norm_heads(x: torch.Tensor, weights: torch.Tensor, eps: float) -> None
     x.copy_(F.layer_norm(x, x.shape[-1:], eps=eps).mul_(weights.view(x.shape[1:])))
 
 
-def pairs_apart_(x: torch.Tensor, rope: RopeTable) -> None:
-    """Of the elements of each head of x (T, heads, D) that turn, those that do so as neighbours
-    (2i, 2i + 1) come to stand as far apart as `Ops.rope_` has them. Queries and keys that are both
-    changed so have the same products as before."""
-    turning = x[..., : 2 * rope.cos.shape[1]]
-    turning.copy_(torch.cat((turning[..., 0::2], turning[..., 1::2]), dim=-1))
-
-
 Activation = Callable[[torch.Tensor], torch.Tensor]
 _GELU_TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: Mapping[str, Activation] = {

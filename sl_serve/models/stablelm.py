@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from sl_serve.config import ModelConfig
 from sl_serve.models import Block, RopeTable, StaticTensors, llama
@@ -17,6 +16,7 @@ from sl_serve.models.parts import (
     final_layer_norm,
     gated,
     layer_norm,
+    layer_norm_heads,
     layer_norm_params,
     layer_norm_tensors,
     linear,
@@ -52,7 +52,7 @@ class StableLmConfig(ModelConfig):
 
 
 def model_config(fields: Fields, generation: Fields) -> StableLmConfig:
-    fields = fields.or_else({"partial_rotary_factor": 0.25})
+    fields = fields.with_defaults(partial_rotary_factor=0.25, max_position_embeddings=4096)
     return StableLmConfig(
         **decoder_fields(fields, generation) | {"norm_eps": fields.number("layer_norm_eps", 1e-5)},
         attention_bias=fields.boolean("use_qkv_bias", False),
@@ -109,8 +109,7 @@ def block(
     new = new_tokens_of(config, linear(ops, "qkv", h, w).view(len(h), -1, config.head_dim))
     for name, heads in ("q_norm", new.q), ("k_norm", new.k):
         if config.qk_norm:
-            normed = F.layer_norm(heads, heads.shape[-1:], eps=config.norm_eps)
-            heads.copy_(normed * w[name].view(heads.shape[1:]))
+            layer_norm_heads(heads, w[name], config.norm_eps)
         ops.rope_(heads, *ropes[0])
     attended = yield new
     h = mlp_input(ops, x, attended, w, config.norm_eps, config.parallel)

@@ -10,6 +10,7 @@ import torch
 from sl_serve.config import ModelConfig
 from sl_serve.models import Block, RopeTable, StaticTensors, llama
 from sl_serve.models.parts import (
+    WindowedConfig,
     activation_name,
     add_mlp,
     final_layer_norm,
@@ -22,10 +23,11 @@ from sl_serve.models.parts import (
     new_tokens_of,
     vocabulary_tensors,
 )
-from sl_serve.ops import CAUSAL, Ops, Scoring
+from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
+from sl_serve.weights.hf_windows import sliding_window
 from sl_serve.weights.layout import LayerWeights, Param
 
 PREFIX = "model.layers.{layer}."
@@ -41,22 +43,24 @@ GGUF = GgufDialect(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Starcoder2Config(ModelConfig):
+class Starcoder2Config(WindowedConfig):
     activation: str
-    window: int | None
 
 
 def model_config(fields: Fields, generation: Fields) -> Starcoder2Config:
     fields.only("mlp_type", "default")
     fields.only("norm_type", "layer_norm")
-    fields = fields.or_else({"tie_word_embeddings": True})
+    fields = fields.with_defaults(tie_word_embeddings=True, max_position_embeddings=4096)
     has_biases = fields.boolean("use_bias", True)
+    settings = decoder_fields(fields, generation) | {
+        "norm_eps": fields.number("norm_epsilon", 1e-5),
+    }
     return Starcoder2Config(
-        **decoder_fields(fields, generation) | {"norm_eps": fields.number("norm_epsilon", 1e-5)},
+        **settings,
         attention_bias=has_biases,
         mlp_bias=has_biases,
         activation=activation_name(fields, "hidden_act", "gelu_pytorch_tanh"),
-        window=fields.integer("sliding_window") if "sliding_window" in fields else None,
+        windows=(sliding_window(fields),) * settings["n_layers"],
     )
 
 
@@ -93,7 +97,6 @@ def block(
     h = layer_norm(ops, "attention_norm", x, w, config.norm_eps)
     heads = linear(ops, "qkv", h, w).view(len(h), -1, config.head_dim)
     ops.rope_(heads[:, : config.n_heads + config.n_kv_heads], *ropes[0])
-    scoring = Scoring(window=config.window) if config.window else CAUSAL
-    attended = yield new_tokens_of(config, heads, scoring)
+    attended = yield new_tokens_of(config, heads, config.scoring(layer))
     h = mlp_input(ops, x, attended, w, config.norm_eps, parallel=False)
     add_mlp(ops, config.activation, x, h, w)

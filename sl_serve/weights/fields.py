@@ -33,11 +33,6 @@ class Fields:
     def get(self, key: str) -> Any:
         return self.values.get(self.prefix + key)
 
-    def with_defaults(self, **defaults: object) -> Fields:
-        """The same, with values for keys that are absent."""
-        absent = {self.prefix + key: v for key, v in defaults.items() if key not in self}
-        return Fields({**self.values, **absent}, self.source, self.prefix)
-
     def with_values(self, values: Mapping[str, Any]) -> Fields:
         """The same, with these values instead of its own."""
         given = {self.prefix + key: value for key, value in values.items()}
@@ -46,6 +41,9 @@ class Fields:
     def or_else(self, values: Mapping[str, Any]) -> Fields:
         """The same, with these values where its own are absent."""
         return self.with_values({key: v for key, v in values.items() if key not in self})
+
+    def with_defaults(self, **defaults: object) -> Fields:
+        return self.or_else(defaults)
 
     def integer(
         self, key: str, default: int | None = None, *, low: int = 1, high: int = _MAX_INTEGER

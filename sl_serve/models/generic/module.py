@@ -27,13 +27,14 @@ class DecoderModule:
         )
         if not isinstance(self.embed, nn.Embedding) or not isinstance(self.head, nn.Linear):
             raise UnfitError("it has no embedding table or no head")
-        if self.head.bias is not None:
-            raise UnfitError("its head has a bias")
         if self.head.weight.shape[0] != self.embed.weight.shape[0]:
             raise UnfitError("its head and its embedding are of different vocabularies")
         names = {module: f"{name}.weight" for name, module in self.model.named_modules()}
         self.embed_name: str = names[self.embed]
         self.head_name: str = names[self.head]
+        self.bias_name = (
+            self.head_name.removesuffix("weight") + "bias"
+        )  # of the head, if it has one
         self.embed.padding_idx = None  # of training; the table looked up in may be shorter
 
     @property

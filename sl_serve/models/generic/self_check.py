@@ -100,10 +100,12 @@ def _logits(
     tokens = weights[module.embed_name][torch.cat(texts)]
     x = skeleton.embedded(ops, weights, tokens, positions)
     for layer in range(skeleton.n_layers):
-        w = {n: _seen(weights[module.layer_name(layer, n)]) for n in skeleton.layer_shapes}
+        names = {n: module.layer_name(layer, n) for n in skeleton.layer_shapes}
+        w = {ours: _seen(weights[name]) for ours, name in names.items() if name in weights}
         new = skeleton.asked(ops, layer, w, x, positions)
         x = skeleton.result(ops, layer, w, x, positions, _attended(new, texts)).clone()
     logits = skeleton.head_input(ops, weights, x) @ weights[module.head_name].t()
+    logits += weights.get(module.bias_name, torch.zeros(()))
     cap = skeleton.logit_softcap
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -132,7 +132,7 @@ def _intermediate_size(skeleton: Skeleton) -> int:
     products = [shape[-2] for shape in skeleton.layer_shapes.values() if len(shape) > 1]
     heads = skeleton.heads
     attended = (heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim
-    return (sum(products) + 3 * max(products) + 3 * attended + 6 * skeleton.hidden_size) // 3
+    return (sum(products) + 3 * attended + 6 * skeleton.hidden_size) // 3
 
 
 def _reason(error: Exception) -> str:

@@ -42,7 +42,7 @@ class Skeleton:
         self._fills: dict[tuple[torch.device, torch.dtype], Tensors] = {}
         self._gives_tuples = False  # its layers do, not tensors
         products = self._open()
-        self.layer_shapes = _of_all_layers(self.module)
+        self.layer_shapes, self._layers_with = _of_all_layers(self.module)
         self._unmultiplied = [name for name in self.layer_shapes if name not in products]
         for name in self._unmultiplied:
             if len(self.layer_shapes[name]) > 2:
@@ -65,12 +65,22 @@ class Skeleton:
             raise UnfitError("its checkpoints have the matrices of all experts in one tensor")
         n_in, n_out = shape[-1:], math.prod(shape[: max(1, len(shape) - 1)])
         seen = shape if len(shape) < 2 else (*n_in, n_out)
-        return Param(name, seen, sources, (n_out // len(sources),) * len(sources))
+        layers = self._layers_with[name]
+        return Param(
+            name,
+            seen,
+            sources,
+            (n_out // len(sources),) * len(sources),
+            layers=None if len(layers) == self.n_layers else layers,
+        )
 
     def static_tensors(self) -> StaticTensors:
         module = self.module
-        embed, head = module.embed_name, module.head_name
-        ours = {embed: "embed", head: "head"}
+        ours = {
+            module.embed_name: "embed",
+            module.head_name: "head",
+            module.bias_name: "head_bias",
+        }
         tensors = {
             ours.get(name, name): (self._names.sources(name)[0], shape)
             for name, shape in self._static_shapes.items()
@@ -130,6 +140,7 @@ class Skeleton:
         values = {
             self.module.layer_name(run.layer, name): _plain(ops, w[name])
             for name in self._unmultiplied
+            if name in w
         }
         return self._reach(run, ops.dtype, torch.zeros_like(positions), positions, values)
 
@@ -168,7 +179,7 @@ class Skeleton:
         return self._fills[key]
 
     def _static_values(self, ops: Ops, w: LayerWeights) -> Tensors:
-        kept = (self.module.embed_name, self.module.head_name)
+        kept = self.module.embed_name, self.module.head_name, self.module.bias_name
         return {n: w[n].to(ops.dtype) for n in self._static_shapes if n not in kept}
 
     def _open(self) -> set[str]:
@@ -215,7 +226,7 @@ class Skeleton:
         """The first layer with two tokens and no weights."""
         ops: Any = _NoProducts()
         zero, x, positions = torch.zeros(()), torch.zeros(2, self.hidden_size), torch.arange(2)
-        w = {param.name: zero.expand(param.shape) for param in self.layer_params()}
+        w = {p.name: zero.expand(p.shape) for p in self.layer_params() if p.is_in(0)}
         new = self.asked(ops, 0, w, x, positions)
         self.result(ops, 0, w, x, positions, torch.zeros(2, new.q[0].numel()))
         (n_heads, head_dim), n_kv_heads = new.q.shape[1:], new.k.shape[1]
@@ -231,7 +242,8 @@ class Skeleton:
         softcap = None if abs(high - scale * far) < 1e-3 * scale * far else high
         z = torch.linspace(-40, 40, n_rows)
         expected = z * scale if softcap is None else softcap * torch.tanh(z * scale / softcap)
-        if not torch.allclose(self._logits(z), expected, rtol=1e-4, atol=1e-5):
+        is_known = torch.allclose(self._logits(z), expected, rtol=1e-4, atol=1e-5)
+        if not is_known or (self.module.head.bias is not None and scale != 1):
             raise UnfitError("what it makes of its logits is not known")
         return scale, softcap
 
@@ -255,12 +267,18 @@ class _NoProducts:
         out.copy_(w)
 
 
-def _of_all_layers(module: DecoderModule) -> dict[str, tuple[int, ...]]:
-    first, *others = module.layer_shapes()
-    for number, other in enumerate(others, 1):
-        if other != first:
-            raise UnfitError(f"its layers 0 and {number} have different tensors")
-    return dict(first)
+def _of_all_layers(
+    module: DecoderModule,
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Of each tensor, its shape and the layers that have it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    layers: dict[str, tuple[int, ...]] = {}
+    for number, of_layer in enumerate(module.layer_shapes()):
+        for name, shape in of_layer.items():
+            if shapes.setdefault(name, shape) != shape:
+                raise UnfitError(f"{name} of its layers is of different shapes")
+            layers[name] = (*layers.get(name, ()), number)
+    return shapes, layers
 
 
 def _plain(ops: Ops, w: Weight) -> torch.Tensor:
