@@ -14,6 +14,7 @@ from sl_serve.models.llama import head_input, hidden_states, static_tensors
 from sl_serve.models.parts import add_linear, linear
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import LLAMA_ROWS, GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -26,6 +27,13 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect(
+    "llama",
+    {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    rows=LLAMA_ROWS,
+    has_experts=True,
+)
 
 MODULE = llama.PREFIX + "block_sparse_moe."
 

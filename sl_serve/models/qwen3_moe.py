@@ -22,6 +22,7 @@ from sl_serve.models.llama import head_input, hidden_states, static_tensors
 from sl_serve.models.parts import add_linear, linear, norm_heads, vector_param
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -34,6 +35,17 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect(
+    "qwen3moe",
+    {
+        "expert_count": "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+    },
+    derived=lambda _fields, _tensors: {"norm_topk_prob": True},
+    has_experts=True,
+)
 
 MLP = llama.PREFIX + "mlp."
 ATTENTION = llama.PREFIX + "self_attn."

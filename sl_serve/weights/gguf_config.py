@@ -40,17 +40,16 @@ _READ_APART = ROPE_SETTINGS | {
 }
 
 
-def find_dialect(architecture: str, path: Path) -> tuple[str, GgufDialect]:
+def find_dialect(architecture: str, has_experts: bool, path: Path) -> tuple[str, GgufDialect]:
     """The family and its statement. Raises ModelError, naming the architectures there are."""
+    wanted = (architecture, has_experts)
     dialects = {name: getattr(load_family(name), "GGUF", None) for name in supported_families()}
     for family, dialect in dialects.items():
-        if dialect is not None and dialect.architecture == architecture:
+        if dialect is not None and (dialect.architecture, dialect.has_experts) == wanted:
             return family, dialect
-    known = ", ".join(sorted(d.architecture for d in dialects.values() if d is not None))
-    raise ModelError(
-        f"{path}: GGUF files of architecture {architecture[:80]!r} are not supported; "
-        f"supported: {known}"
-    )
+    known = ", ".join(sorted({d.architecture for d in dialects.values() if d is not None}))
+    what = f"architecture {architecture[:80]!r}{' with experts' if has_experts else ''}"
+    raise ModelError(f"{path}: GGUF files of {what} are not supported; supported: {known}")
 
 
 def config_fields(
@@ -66,8 +65,8 @@ def config_fields(
     fields = Fields(settings, str(path), prefix=f"{dialect.architecture}.")
     names = {**_NAMES, **dialect.settings}
     _check_known(fields, names)
-    fields.only("expert_count", 0)
-    fields.only("expert_used_count", 0)
+    if not dialect.has_experts:
+        fields.only("expert_used_count", 0)
     sizes = {names[key]: fields.integer(key) for key in _SIZES}
     hidden_size, n_heads = (fields.integer(k) for k in ("embedding_length", "attention.head_count"))
     head_dim = fields.integer("attention.key_length", max(1, hidden_size // n_heads))

@@ -31,6 +31,7 @@ class GgufDialect:
     rotary_share: str | None = None
     derived: Derived = _nothing  # what llama.cpp has in its code and not in the file
     rows: Mapping[str, RowOrder] = field(default_factory=dict)  # module, by the end of its name
+    has_experts: bool = False
     norm_offset: float = 0.0  # what the file's norms have more than Hugging Face's
 
 

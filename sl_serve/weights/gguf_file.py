@@ -19,11 +19,12 @@ from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import BLOCK_FORMATS, Format, plain
 from sl_serve.weights.gguf_config import config_fields, find_dialect
 from sl_serve.weights.gguf_header import GgufTensor
-from sl_serve.weights.gguf_names import stored_names
+from sl_serve.weights.gguf_names import Place, stored_names
 from sl_serve.weights.gguf_parts import Array, GgufPart, open_parts
 from sl_serve.weights.gguf_rope import ROPE_TENSORS
 from sl_serve.weights.gguf_tokenizer import load_gguf_tokenizer
 
+_MAX_EXPERTS = 1024  # of a layer; twice as many as any model has
 _PLAIN = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,
@@ -44,13 +45,19 @@ class GgufCheckpoint:
             name: stored[name].dequantised(tensors[name]) for name in ROPE_TENSORS & stored.keys()
         }
         self._settings = self._parts[0].settings
-        architecture = Fields(self._settings, str(path)).text("general.architecture")
-        family, self._dialect = find_dialect(architecture, path)
+        general = Fields(self._settings, str(path))
+        architecture = general.text("general.architecture")
+        key = f"{architecture}.expert_count"
+        has_experts = general.integer(key, 0, low=0, high=_MAX_EXPERTS) > 0
+        family, self._dialect = find_dialect(architecture, has_experts, path)
         self.fields = config_fields(family, self._dialect, self._settings, tensors, factors, path)
         no_more = Fields({}, str(path))  # a generation_config.json has no counterpart
         self.config = load_family(family).model_config(Fields(self.fields, str(path)), no_more)
-        names = stored_names(self.config, architecture, stored.keys(), path)
-        self._tensors = {name: (stored[there], tensors[there]) for name, there in names.items()}
+        places = stored_names(self.config, architecture, stored.keys(), path)
+        self._tensors = {
+            name: (stored[place.name], self._at(tensors[place.name], place))
+            for name, place in places.items()
+        }
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()
@@ -87,6 +94,16 @@ class GgufCheckpoint:
     def close(self) -> None:
         for part in self._parts:
             part.close()
+
+    def _at(self, tensor: GgufTensor, place: Place) -> GgufTensor:
+        if place.expert is None:
+            return tensor
+        if len(tensor.shape) != 3 or tensor.shape[0] != self.config.n_experts:
+            raise CheckpointError(
+                f"{self.path}: tensor {place.name} has shape {tensor.shape}, not matrices of "
+                f"{self.config.n_experts} experts"
+            )
+        return tensor.slice(place.expert)
 
     def _find(self, name: str) -> tuple[GgufPart, GgufTensor]:
         if name not in self._tensors:

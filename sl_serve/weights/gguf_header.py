@@ -49,6 +49,12 @@ class GgufTensor:
     start: int
     stop: int
 
+    def slice(self, i: int) -> GgufTensor:
+        """One of those that are stacked in it."""
+        n_bytes = (self.stop - self.start) // self.shape[0]
+        start = self.start + i * n_bytes
+        return GgufTensor(self.kind, self.shape[1:], start, start + n_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 
@@ -16,20 +17,27 @@ from sl_serve.weights.layout import source_name
 _FIRST_LAYER = "blk.0."
 
 
+class Place(NamedTuple):
+    name: str
+    expert: int | None  # whose tensor it is, of all experts' stacked in one; None: all of it
+
+
 def stored_names(
     config: ModelConfig, architecture: str, stored: Collection[str], path: Path
-) -> dict[str, str]:
+) -> dict[str, Place]:
     """Of what is there. A tensor without a place in the architecture raises ModelError: leaving it
     out would change the results unnoticed."""
     translate = _translation(architecture, path)
-    found = {}
+    found: dict[str, Place] = {}
     for template in _templates(config):
-        there = translate(source_name(template, 0))
+        there = translate(source_name(template, 0).replace(".{expert}", ""))
+        experts = range(config.n_experts) if "{expert}" in template else (None,)
         for layer in range(config.n_layers if "{layer}" in template else 1):
             name = there.replace(_FIRST_LAYER, f"blk.{layer}.", 1)
             if name in stored:
-                found[source_name(template, layer)] = name
-    for name in sorted(set(stored) - set(found.values()) - ROPE_TENSORS):
+                found |= {source_name(template, layer, e): Place(name, e) for e in experts}
+    used = {place.name for place in found.values()}
+    for name in sorted(set(stored) - used - ROPE_TENSORS):
         raise ModelError(
             f"{path}: tensor {name[:120]!r} has no place in a model of type {config.family}"
         )

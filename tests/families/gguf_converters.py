@@ -90,6 +90,14 @@ def stablelm(writer: Writer, config: PretrainedConfig) -> None:
     writer.add_parallel_residual(config.use_parallel_residual)
 
 
+def experts(writer: Writer, config: PretrainedConfig) -> None:
+    counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts"))
+    writer.add_expert_count(next(n for n in counts if n is not None))
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
 def gpt_neox(writer: Writer, config: PretrainedConfig) -> None:
     writer.add_parallel_residual(config.use_parallel_residual)
 
@@ -103,6 +111,8 @@ def falcon(writer: Writer, config: PretrainedConfig) -> None:
 CONVERTERS: Mapping[str, Converter] = {
     "llama": Converter(Arch.LLAMA, change=for_rotated_neighbours),
     "mistral": Converter(Arch.LLAMA, change=for_rotated_neighbours),
+    "mixtral": Converter(Arch.LLAMA, experts, for_rotated_neighbours),
+    "qwen3_moe": Converter(Arch.QWEN3MOE, experts),
     "qwen2": Converter(Arch.QWEN2),
     "qwen3": Converter(Arch.QWEN3),
     "phi3": Converter(Arch.PHI3, phi3),

@@ -3,12 +3,14 @@ are the gguf package's, rows and numbers are changed element by element."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
+from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -68,9 +70,10 @@ def write_gguf(
     how: Converter,
     kind: Kind = Kind.F32,
     part_tensors: int = 0,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """`kind`: of matrices. `part_tensors`: at most so many in each of several files; 0: one
-    file."""
+    file. `tensors`: by their published names, where the model has others."""
     writer = gguf.GGUFWriter(
         str(path), gguf.MODEL_ARCH_NAMES[how.arch], split_max_tensors=part_tensors
     )
@@ -78,19 +81,30 @@ def write_gguf(
     how.settings(writer, model.config)
     write_tokenizer(writer, model.config.vocab_size)
     names = gguf.get_tensor_name_map(how.arch, model.config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (tensors or model.state_dict()).items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         stored = names.get_name(name.removeprefix("transformer."), (".weight", ".bias"))
         stored = stored or names.get_name(name, (".weight", ".bias"))
         assert stored is not None, name
         array = how.change(name, tensor.float().numpy(), model.config)
-        used = kind if array.ndim == 2 else Kind.F32
+        used = kind if array.ndim > 1 else Kind.F32
         writer.add_tensor(stored, gguf.quantize(array, used), raw_dtype=used)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def with_stacked_experts(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder, each matrix of all experts of a layer as one."""
+    found = load_file(folder / "model.safetensors")
+    stacks: dict[str, dict[int, torch.Tensor]] = {}
+    for name in [name for name in found if ".experts." in name]:
+        before, after = name.split(".experts.")
+        number, rest = after.split(".", 1)
+        stacks.setdefault(f"{before}.experts.{rest}", {})[int(number)] = found.pop(name)
+    return found | {n: torch.stack([s[i] for i in range(len(s))]) for n, s in stacks.items()}
 
 
 def write_common_settings(writer: Writer, config: PretrainedConfig) -> None:

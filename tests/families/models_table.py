@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 from sl_serve.models import load_family, supported_families
+from tests.families.test_generic import MODELS, TestHelium
 from tests.families.test_gguf import CASES
 
 ROOT = Path(__file__).parents[2]
@@ -18,20 +19,30 @@ def pages() -> dict[Path, str]:
     models, adding = ROOT / "docs" / "models.md", ROOT / "docs" / "adding-a-model.md"
     example = f"```python\n{(ROOT / EXAMPLE).read_text(encoding='utf-8')}```\n"
     return {
-        models: with_content(models, "scripts/models-table", table()),
-        adding: with_content(adding, EXAMPLE, example),
+        models: with_content(
+            with_content(models.read_text(encoding="utf-8"), "scripts/models-table", table()),
+            "tests/families/test_generic.py",
+            others(),
+        ),
+        adding: with_content(adding.read_text(encoding="utf-8"), EXAMPLE, example),
     }
 
 
-def with_content(page: Path, name: str, content: str) -> str:
+def with_content(page: str, name: str, content: str) -> str:
     begin = f"<!-- begin: {name} -->\n"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
+    before, rest = page.split(begin)
     return before + begin + content + END + rest.split(END, 1)[1]
 
 
 def table() -> str:
     head = "| model type | models, and what is particular to them | GGUF | tested variants |"
     return "\n".join([head, "|---|---|---|---|", *map(line, supported_families()), ""])
+
+
+def others() -> str:
+    """Model types that run without a file of their own."""
+    tested = {*MODELS, TestHelium.tiny.family} - {*supported_families()}
+    return ", ".join(f"`{name}`" for name in sorted(tested)) + ".\n"
 
 
 def line(family: str) -> str:

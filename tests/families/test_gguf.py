@@ -16,8 +16,9 @@ from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.models import load_family, supported_families
 from sl_serve.weights.checkpoint import open_checkpoint
 from tests.engine.running import random_prompts
+from tests.families.experts import joined_expert
 from tests.families.gguf_converters import CONVERTERS
-from tests.families.gguf_writer import Kind, write_gguf
+from tests.families.gguf_writer import Kind, with_stacked_experts, write_gguf
 from tests.families.harness import Tiny, check, news_of
 
 # Variants beside the plain one; others have no counterpart in the format, or change nothing there.
@@ -40,6 +41,7 @@ VARIANTS = {
         *("linear-rope", "yarn-rope"),
     ],
     "mistral": [],
+    "mixtral": ["one-expert", "all-experts", "tied", "other-heads"],
     "nemotron": ["biases", "whole-heads-turn", "tied"],
     "olmo": ["clipped", "many-key-heads", "tied"],
     "olmo2": ["many-key-heads", "tied", "biases"],
@@ -50,11 +52,13 @@ VARIANTS = {
     ],
     "qwen2": ["tied", "yarn-rope"],
     "qwen3": ["tied", "biases", "yarn-rope"],
+    "qwen3_moe": ["biases", "other-heads"],
     "seed_oss": ["no-biases", "all-biases", "tied"],
     "smollm3": ["own-head", "biases"],
     "stablelm": ["parallel", "biases", "half-rotated", "tied"],
     "starcoder2": ["no-biases", "own-head"],
 }
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
 # Where llama.cpp has in its code what others have among their settings.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "cohere2": {"layer_types": None, "num_hidden_layers": 4},  # every fourth sees all
@@ -65,6 +69,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 6,
     },
     "mistral": {"sliding_window": None},  # there is none
+    "qwen3_moe": {"norm_topk_prob": True},
     "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 4},
 }
 CASES = [
@@ -89,6 +94,8 @@ def tiny_of(family: str) -> Tiny:
 def write(folder: Path, family: str, variant: str = "", **options: object) -> PreTrainedModel:
     """The reference; the file is model.gguf."""
     reference = tiny_of(family).write(folder / "hf", variant)
+    if family in WITH_EXPERTS:
+        options["tensors"] = with_stacked_experts(folder / "hf")
     write_gguf(folder / "model.gguf", reference, CONVERTERS[family], **options)  # type: ignore[arg-type]
     return reference
 
@@ -130,8 +137,8 @@ def test_transformers_reads_the_same_tensors(family: str, tmp_path: Path) -> Non
 def test_every_statement_is_tested() -> None:
     stated = {f for f in supported_families() if hasattr(load_family(f), "GGUF")}
     assert stated == {family for family, _ in CASES} - {"mistral"}  # written as a Llama
-    architectures = [load_family(family).GGUF.architecture for family in stated]  # type: ignore[attr-defined]
-    assert len(set(architectures)) == len(architectures)
+    dialects = [load_family(family).GGUF for family in stated]  # type: ignore[attr-defined]
+    assert len({(d.architecture, d.has_experts) for d in dialects}) == len(dialects)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +154,15 @@ def test_the_scale_of_scores_that_no_file_has(
     family: str, sizes: tuple[int, ...], scalar: int
 ) -> None:
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")
-    derived = load_family(family).GGUF.derived(dict(zip(names, sizes, strict=True)), ())  # type: ignore[attr-defined]
+    dialect = load_family(family).GGUF  # type: ignore[attr-defined]
+    derived = dialect.derived(dict(zip(names, sizes, strict=True)), ())
     assert derived == {"query_pre_attn_scalar": scalar}
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.BF16])
-@pytest.mark.parametrize("family", sorted({f for f, _ in CASES} & {"llama", "falcon", "gemma2"}))
+@pytest.mark.parametrize(
+    "family", sorted({f for f, _ in CASES} & {"llama", "falcon", "gemma2", "mixtral"})
+)
 def test_quantised_types(family: str, kind: Kind, tmp_path: Path) -> None:
     """As transformers computes with the numbers that the blocks stand for."""
     reference = write(tmp_path, family, kind=kind)
@@ -163,7 +173,8 @@ def test_quantised_types(family: str, kind: Kind, tmp_path: Path) -> None:
     assert names == {"bfloat16" if kind == Kind.BF16 else kind.name.lower()}
     with torch.no_grad():
         for name in checkpoint.names():
-            parameters[name].copy_(checkpoint.read(name))
+            here = name.replace("block_sparse_moe.gate", "mlp.gate")  # transformers' own name
+            joined_expert(parameters, here).copy_(checkpoint.read(name))
     checkpoint.close()
     prompts = random_prompts(3)
     check(reference, prompts, news_of(path, prompts), 1e-3)

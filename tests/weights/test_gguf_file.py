@@ -148,8 +148,9 @@ def test_linear_scaling_and_other_settings(tmp_path: Path) -> None:
     ("changes", "named"),
     [
         ({"settings": {"general.architecture": "mamba"}}, "mamba.*supported: .*llama"),
-        ({"settings": {"llama.expert_count": 8}}, "expert_count 8"),
+        ({"settings": {"llama.expert_count": 8}}, "no place in a model of type mixtral"),
         ({"settings": {"llama.expert_used_count": 2}}, "expert_used_count 2"),
+        ({"settings": {"llama.expert_count": 2**31}}, "expert_count must be an integer from 0 to"),
         ({"settings": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.factor is missing"),
         ({"settings": {"llama.rope.scaling.type": "spiral"}}, "spiral"),
         ({"settings": {"llama.rope.scaling.type": "longrope"}}, "long-RoPE needs rope_factors_"),
