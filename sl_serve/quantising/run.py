@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sl_serve.errors import UserError
-from sl_serve.models import load_family
+from sl_serve.models import GENERIC, load_family
 from sl_serve.quantising.folder import Shards, new_folder, write_settings
 from sl_serve.quantising.layers import CalibratedLayers
 from sl_serve.weights.checkpoint import Checkpoint
@@ -39,9 +39,11 @@ def quantise_model(
 
     Raises UserError, CheckpointError."""
     check_weights(weights)
-    if checkpoint.config.n_experts:
+    config = checkpoint.config
+    if config.n_experts or config.family == GENERIC:
+        kind = "with experts" if config.n_experts else "that run through transformers' modules"
         raise UserError(
-            f"{checkpoint.path}: models with experts cannot be calibrated; serve it as it is, with "
+            f"{checkpoint.path}: models {kind} cannot be calibrated; serve it as it is, with "
             f"--weights {weights}"
         )
     target = with_weights(checkpoint, weights)

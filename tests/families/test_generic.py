@@ -54,11 +54,12 @@ from sl_serve.cli import main
 from sl_serve.config import EngineConfig
 from sl_serve.core import SamplingParams
 from sl_serve.device import SimDevice
-from sl_serve.errors import ModelError
+from sl_serve.errors import ModelError, UserError
 from sl_serve.llm import LLM, UNBOUNDED_QUEUE
 from sl_serve.models.generic import tap
 from sl_serve.plan.activations import activation_bytes
 from sl_serve.plan.step_memory import _intermediates_per_token
+from sl_serve.quantising.run import quantise_model
 from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.dummy import open_dummy
 from tests.engine.running import random_prompts
@@ -216,6 +217,14 @@ def test_what_is_misunderstood_shows_before_anything_is_loaded(
     monkeypatch.setattr(tap, "_mask", lambda **_: None)
     with pytest.raises(ModelError, match=r"logits that are \d+% off"):
         open_checkpoint(tmp_path)
+
+
+def test_its_weights_are_not_calibrated(tmp_path: Path) -> None:
+    MODELS["arcee"].write(tmp_path)
+    windows = torch.zeros(1, 8, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"transformers' modules cannot be calibrated.*--weights"):
+        quantise_model(open_checkpoint(tmp_path), "int4", windows, tmp_path / "out", lambda: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_code_of_the_folder_is_not_run(tmp_path: Path) -> None:
