@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sl_serve import loader, step
-from sl_serve.config import EngineConfig
+from sl_serve.config import EngineConfig, SchedulerConfig
 from sl_serve.core import SamplingParams
 from sl_serve.device import Device, SimDevice, Stream
 from sl_serve.device.sim import HardwareProfile, SlotReuseError
@@ -23,10 +23,12 @@ from sl_serve.expert_share import MOST_ROUTED_SHARE, is_routed, touched_share
 from sl_serve.loader import Parts
 from sl_serve.models import Routed
 from sl_serve.ops import TorchOps
+from sl_serve.plan.kv_size import MARGIN_SHARE
 from sl_serve.plan.memory import MemoryPlan
 from sl_serve.quantising.run import quantise_model
 from sl_serve.routing import joined, run_experts, shares
 from sl_serve.weights.checkpoint import open_checkpoint
+from sl_serve.weights.dummy import open_dummy
 from sl_serve.weights.expander import Expander
 from sl_serve.weights.expert_cache import ExpertCache
 from sl_serve.weights.groups import GROUP_FORMATS
@@ -652,3 +654,24 @@ def test_a_cache_in_spare_device_memory(
         assert isinstance(weights, StreamedWeights)
         weights._cache.check_integrity()
         assert len(weights._cache._held) == 3 * routed
+
+
+@pytest.mark.parametrize("device_gib", [8, 12])
+def test_what_the_plan_has_to_spare_is_the_cache(
+    device_gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "host_budget_bytes", lambda _: 100 << 30)
+    settings = EngineConfig(
+        device="sim",
+        dtype="bfloat16",
+        kv_memory_bytes=4 << 30,
+        device_memory_bytes=device_gib << 30,
+        scheduler=SchedulerConfig(max_rows=32),
+    )
+    plan = loader.plan_checkpoint(open_dummy("qwen3-30b-a3b"), settings)
+    expert_bytes = 3 * 2048 * 768 * 2
+    assert plan.expert_cache_bytes >= expert_bytes
+    assert plan.expert_cache_bytes % expert_bytes == 0
+    usable = int((device_gib << 30) * (1 - MARGIN_SHARE))
+    assert plan.device_bytes <= usable < plan.device_bytes + 2 * plan.device_layers_bytes
+    assert ("expert cache", plan.expert_cache_bytes) in plan.tiers()[1].parts
