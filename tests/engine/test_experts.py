@@ -393,11 +393,12 @@ def test_experts_give_each_token_its_weighted_sum() -> None:
 
 # Layouts.
 
+EXPERT = "l{layer}.e{expert}"
 PARAMS = [
     Param("own", (64, 24), ("l{layer}.own",), (24,)),
     Param("dense", (64, 300), ("l{layer}.dense",), (300,), layers=(0, 2)),
-    Param("up", (64, 40), ("l{layer}.e{expert}.a", "l{layer}.e{expert}.b"), (24, 16), (1, 3), 5),
-    Param("bias", (40,), ("l{layer}.e{expert}.bias",), (40,), (1, 3), 5),
+    Param("up", (64, 40), (f"{EXPERT}.a", f"{EXPERT}.b"), (24, 16), layers=(1, 3), n_experts=5),
+    Param("bias", (40,), (f"{EXPERT}.bias",), (40,), layers=(1, 3), n_experts=5),
 ]
 N_LAYERS = 4
 LAYOUT = LayerLayout(PARAMS, torch.float32, n_layers=N_LAYERS)
