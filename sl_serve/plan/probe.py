@@ -33,7 +33,7 @@ Say = Callable[[str], None]  # hears what is measured next
 
 HOST_BUFFER_BYTES = 512 * MIB
 DISK_FILE_BYTES = 512 * MIB
-DISK_SECONDS = 2.0  # for reading, and before that for writing a file
+DISK_SECONDS = 2.0  # for each reading, and before them for writing a file
 WEIGHT_FILES = ("*.safetensors", "*.gguf")
 
 
