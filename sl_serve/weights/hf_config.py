@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sl_serve.config import ModelConfig
-from sl_serve.models import GENERIC, load_family, supported_families
+from sl_serve.errors import ModelError
+from sl_serve.models import GENERIC, Family, load_family, supported_families
 from sl_serve.weights.fields import Fields
 
 
@@ -16,6 +17,18 @@ def model_config_from_hf(
     """`raw` is config.json, `generation` generation_config.json (or empty); `source` is named in
     messages. Raises ModelError for anything that would change the arithmetic unnoticed."""
     fields = Fields(raw, source)
-    family = fields.text("model_type")
-    reader = load_family(family if family in supported_families() else GENERIC)
+    reader = _family(fields.text("model_type"), source)
     return reader.model_config(fields, Fields(generation, "generation_config.json"))
+
+
+def _family(name: str, source: str) -> Family:
+    if name in supported_families():
+        return load_family(name)
+    try:
+        return load_family(GENERIC)
+    except ImportError as error:  # it is made for version 5
+        raise ModelError(
+            f"{source}: model type {name[:80]!r} has no family here, and to run it through "
+            f"transformers' own modules this transformers is too old ({error}); there are: "
+            + ", ".join(supported_families())
+        ) from None
