@@ -58,8 +58,9 @@ from sl_serve.weights.host import (
 from sl_serve.weights.layout import LayerLayout, LayerWeights
 from sl_serve.weights.quantised import QuantisedRows, Rows
 from sl_serve.weights.requantised import with_weights
+from sl_serve.weights.source import WeightSource
 from sl_serve.weights.store import LayerStore
-from sl_serve.weights.streamer import WeightSource, load_resident, weight_source
+from sl_serve.weights.streamer import load_resident, weight_source
 from sl_serve.weights.tiers import OnLayer, open_store, served_by_files, spread
 
 OnPlan = Callable[[MemoryPlan], None]

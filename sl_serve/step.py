@@ -32,7 +32,7 @@ from sl_serve.routing import joined, run_experts, shares
 from sl_serve.stats import BytesMoved
 from sl_serve.weights.embedding import Embedding
 from sl_serve.weights.layout import LayerWeights
-from sl_serve.weights.streamer import WeightSource
+from sl_serve.weights.source import WeightSource
 
 
 class _Cell(NamedTuple):

@@ -19,7 +19,7 @@ from sl_serve.config import ModelConfig
 from sl_serve.models import Block, NewTokens, RopeTable, Routed, llama
 from sl_serve.models.experts import expert_params, gated_expert, n_experts, router_params
 from sl_serve.models.llama import head_input, hidden_states, static_tensors
-from sl_serve.models.parts import add_linear, linear, linear_params, vector_param
+from sl_serve.models.parts import add_linear, halves_apart, linear, linear_params, vector_param
 from sl_serve.ops import Ops, Scoring
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.hf_fields import decoder_fields, yarn_amplitude
@@ -187,7 +187,7 @@ def latent_block(
     add_linear(ops, "o", x, values.transpose(0, 1).flatten(1), w)
     h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
     if "router" not in w:
-        add_linear(ops, "down", x, ops.silu_mul(linear(ops, "gate_up", h, w)), w)
+        add_linear(ops, "down", x, llama.gated_up(ops, w, h), w)
         return
     routed = choose(config, router_logits(ops, h, w), w)
     add_linear(ops, "shared_down", x, ops.silu_mul(linear(ops, "shared_gate_up", h, w)), w)
@@ -216,7 +216,7 @@ def new_tokens(
     lines[:, -1, rank:] = k[:, rank:]
     rotated = lines[..., rank:]
     if config.interleaved:
-        rotated.copy_(torch.cat((rotated[..., ::2], rotated[..., 1::2]), dim=-1))
+        halves_apart(rotated, rotated.shape[-1])
     ops.rope_(rotated, rope.cos, rope.sin)
     own = lines[:, -1:]
     return NewTokens(lines[:, :-1], own, own, Scoring(scale=config.scale))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.errors import ModelError
+from sl_serve.models.llama import gated_up
 from sl_serve.models.parts import linear, linear_params
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
@@ -31,6 +32,12 @@ def expert_params(
     return tuple(replace(p, layers=layers, n_experts=config.n_experts) for p in matrices)
 
 
+def dense_in(config: ModelConfig, params: Iterable[Param], sparse: Collection[int]) -> list[Param]:
+    """A family's params, with its MLP in those layers alone that have no experts."""
+    dense = tuple(i for i in range(config.n_layers) if i not in sparse)
+    return [replace(p, layers=dense) if p.name in ("gate_up", "down") else p for p in params]
+
+
 def router_params(
     config: ModelConfig, module: str, layers: Collection[int] | None = None, bias: bool = False
 ) -> tuple[Param, ...]:
@@ -40,7 +47,7 @@ def router_params(
 
 
 def gated_expert(ops: Ops, w: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-    return linear(ops, "down", ops.silu_mul(linear(ops, "gate_up", x, w)), w)
+    return linear(ops, "down", gated_up(ops, w, x), w)
 
 
 def likeliest(logits: torch.Tensor, n: int, sum_to_one: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from sl_serve.config import ModelConfig
-from sl_serve.errors import ModelError
 from sl_serve.models import Block, RopeTable, Routed, llama
 from sl_serve.models.experts import likeliest, router_params
 from sl_serve.models.llama import head_input, hidden_states, static_tensors
@@ -17,6 +16,7 @@ from sl_serve.models.parts import add_linear, linear, vector_param
 from sl_serve.ops import Ops, Scoring
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.hf_fields import decoder_fields
+from sl_serve.weights.hf_windows import layer_windows
 from sl_serve.weights.layout import LayerWeights, Param
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 MLP = llama.PREFIX + "mlp."
-LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +44,17 @@ def model_config(fields: Fields, generation: Fields) -> GptOssConfig:
     common = decoder_fields(fields, generation)
     if "dtype" not in fields and "torch_dtype" not in fields:
         common["dtype"] = "bfloat16"  # of the published ones, which do not say it
+    window = fields.integer("sliding_window", 128)
     return GptOssConfig(
         **common | {"norm_eps": fields.number("rms_norm_eps", 1e-5)},
         attention_bias=fields.boolean("attention_bias", True),
         n_experts=fields.integer("num_local_experts"),
         experts_per_token=fields.integer("num_experts_per_tok", 4),
         expert_size=common["intermediate_size"],
-        windows=_windows(fields, common["n_layers"]),
+        windows=layer_windows(fields, window, lambda layer: layer % 2 == 0),
         gate_gain=fields.number("swiglu_alpha", 1.702),
         limit=fields.number("swiglu_limit", 7.0),
     )
-
-
-def _windows(fields: Fields, n_layers: int) -> tuple[int | None, ...]:
-    types = fields.get("layer_types") or [LAYER_TYPES[i % 2] for i in range(n_layers)]
-    known = isinstance(types, list) and all(t in LAYER_TYPES for t in types)
-    if not known or len(types) != n_layers:
-        raise ModelError(
-            f"{fields.source}: layer_types must be {n_layers} of {' and '.join(LAYER_TYPES)}"
-        )
-    window = fields.integer("sliding_window", 128)
-    return tuple(window if t == LAYER_TYPES[0] else None for t in types)
 
 
 def layer_params(config: ModelConfig) -> tuple[Param, ...]:

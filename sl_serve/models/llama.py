@@ -14,6 +14,7 @@ from sl_serve.models.parts import (
     linear_params,
     new_tokens_of,
     vector_param,
+    vocabulary_tensors,
 )
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
@@ -68,12 +69,9 @@ def mlp_params(config: ModelConfig) -> tuple[Param, ...]:
 
 
 def static_tensors(config: ModelConfig) -> StaticTensors:
-    embed = ("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-    head = embed if config.tie_embeddings else ("lm_head.weight", embed[1])
     return {
-        "embed": embed,
+        **vocabulary_tensors(config, "model.embed_tokens"),
         "final_norm": ("model.norm.weight", (config.hidden_size,)),
-        "head": head,
     }
 
 

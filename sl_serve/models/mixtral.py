@@ -70,9 +70,8 @@ def block(
     ropes: Sequence[RopeTable],
 ) -> Block:
     assert isinstance(config, MixtralConfig)
-    new = llama.new_tokens(config, ops, w, x, ropes[0])
     scoring = CAUSAL if config.window is None else Scoring(window=config.window)
-    attended = yield new._replace(scoring=scoring)
+    attended = yield llama.new_tokens(config, ops, w, x, ropes[0], scoring)
     add_linear(ops, "o", x, attended, w)
     h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
     logits = linear(ops, "router", h, w)

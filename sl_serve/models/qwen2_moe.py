@@ -11,6 +11,7 @@ import torch
 from sl_serve.config import ModelConfig
 from sl_serve.models import Block, RopeTable, Routed, llama
 from sl_serve.models.experts import (
+    dense_in,
     expert_params,
     gated_expert,
     likeliest,
@@ -64,12 +65,7 @@ def model_config(fields: Fields, generation: Fields) -> Qwen2MoeConfig:
 
 def layer_params(config: ModelConfig) -> tuple[Param, ...]:
     assert isinstance(config, Qwen2MoeConfig)
-    dense = tuple(i for i in range(config.n_layers) if i not in config.sparse)
-    own = [
-        replace(p, layers=dense) if p.name in ("gate_up", "down") else p
-        for p in llama.layer_params(config)
-        if p.name != "o_bias"
-    ]
+    own = llama.decoder_params(config, config.attention_bias, False)
     hidden, inner = config.hidden_size, config.shared_size
     gate_up = {SHARED + "gate_proj": inner, SHARED + "up_proj": inner}
     shared = (
@@ -78,7 +74,7 @@ def layer_params(config: ModelConfig) -> tuple[Param, ...]:
         *linear_params("shared_gate", hidden, {MLP + "shared_expert_gate": 1}, False),
     )
     return (
-        *own,
+        *dense_in(config, own, config.sparse),
         *router_params(config, MLP + "gate", config.sparse),
         *(replace(p, layers=config.sparse, is_exact=p.name == "shared_gate") for p in shared),
         *expert_params(config, MLP + "experts.{expert}", config.sparse),
@@ -95,11 +91,11 @@ def block(
 ) -> Block:
     assert isinstance(config, Qwen2MoeConfig)
     attended = yield llama.new_tokens(config, ops, w, x, ropes[0])
+    if "router" not in w:
+        llama.second_half(config, ops, w, x, attended)
+        return
     add_linear(ops, "o", x, attended, w)
     h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
-    if "router" not in w:
-        add_linear(ops, "down", x, ops.silu_mul(linear(ops, "gate_up", h, w)), w)
-        return
     routed = likeliest(linear(ops, "router", h, w), config.experts_per_token, config.sum_to_one)
     shared = linear(ops, "shared_down", ops.silu_mul(linear(ops, "shared_gate_up", h, w)), w)
     x += linear(ops, "shared_gate", h, w).sigmoid() * shared

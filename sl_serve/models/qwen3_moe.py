@@ -4,13 +4,14 @@ them experts instead of the one MLP."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from sl_serve.config import ModelConfig
-from sl_serve.models import Block, NewTokens, RopeTable, Routed, llama
+from sl_serve.models import Block, RopeTable, Routed, llama, qwen3
 from sl_serve.models.experts import (
+    dense_in,
     expert_params,
     gated_expert,
     likeliest,
@@ -19,7 +20,7 @@ from sl_serve.models.experts import (
     sparse_layers,
 )
 from sl_serve.models.llama import head_input, hidden_states, static_tensors
-from sl_serve.models.parts import add_linear, linear, norm_heads, vector_param
+from sl_serve.models.parts import add_linear, linear
 from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.gguf_dialect import GgufDialect
@@ -48,7 +49,6 @@ GGUF = GgufDialect(
 )
 
 MLP = llama.PREFIX + "mlp."
-ATTENTION = llama.PREFIX + "self_attn."
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +76,8 @@ def model_config(fields: Fields, generation: Fields) -> Qwen3MoeConfig:
 
 def layer_params(config: ModelConfig) -> tuple[Param, ...]:
     assert isinstance(config, Qwen3MoeConfig)
-    dense = tuple(i for i in range(config.n_layers) if i not in config.sparse)
-    own = [
-        replace(p, layers=dense) if p.name in ("gate_up", "down") else p
-        for p in llama.layer_params(config)
-    ]
     return (
-        *own,
-        vector_param("q_norm", ATTENTION + "q_norm.weight", config.head_dim),
-        vector_param("k_norm", ATTENTION + "k_norm.weight", config.head_dim),
+        *dense_in(config, qwen3.layer_params(config), config.sparse),
         *router_params(config, MLP + "gate", config.sparse),
         *expert_params(config, MLP + "experts.{expert}", config.sparse),
     )
@@ -99,27 +92,16 @@ def block(
     ropes: Sequence[RopeTable],
 ) -> Block:
     assert isinstance(config, Qwen3MoeConfig)
-    attended = yield new_tokens(config, ops, w, x, ropes[0])
+    scoring = CAUSAL if config.window is None else Scoring(window=config.window)
+    h = ops.rms_norm(x, w["input_norm"], config.norm_eps)
+    attended = yield qwen3.new_tokens(config, ops, w, h, ropes[0], scoring)
+    if "router" not in w:
+        llama.second_half(config, ops, w, x, attended)
+        return
     add_linear(ops, "o", x, attended, w)
     h = ops.rms_norm(x, w["post_norm"], config.norm_eps)
-    if "router" not in w:
-        add_linear(ops, "down", x, ops.silu_mul(linear(ops, "gate_up", h, w)), w)
-        return
     logits = linear(ops, "router", h, w)
     x += yield Routed(h, *likeliest(logits, config.experts_per_token, config.sum_to_one))
-
-
-def new_tokens(
-    config: Qwen3MoeConfig, ops: Ops, w: LayerWeights, x: torch.Tensor, rope: RopeTable
-) -> NewTokens:
-    h = ops.rms_norm(x, w["input_norm"], config.norm_eps)
-    qkv = linear(ops, "qkv", h, w).view(len(h), -1, config.head_dim)
-    sizes = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
-    q, k, v = torch.split_with_sizes(qkv, sizes, dim=1)
-    norm_heads(ops, q, w["q_norm"], config.norm_eps)
-    norm_heads(ops, k, w["k_norm"], config.norm_eps)
-    ops.rope_(qkv[:, : config.n_heads + config.n_kv_heads], rope.cos, rope.sin)
-    return NewTokens(q, k, v, CAUSAL if config.window is None else Scoring(window=config.window))
 
 
 def expert(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -16,102 +16,10 @@ from sl_serve.device import Device, Event, Stream
 from sl_serve.host_memory import host_empty
 from sl_serve.weights.expander import Expander
 from sl_serve.weights.expert_cache import ExpertCache
-from sl_serve.weights.layout import ExpertWeights, LayerLayout, LayerWeights
+from sl_serve.weights.in_place import InPlaceWeights
+from sl_serve.weights.layout import LayerLayout, LayerWeights
+from sl_serve.weights.source import Fetched, WeightSource
 from sl_serve.weights.store import LayerStore
-
-
-class Fetched(NamedTuple):
-    """Experts, ready to be computed with."""
-
-    weights: ExpertWeights
-    memory: Sequence[torch.Tensor]  # that they are read from
-
-
-class WeightSource(Protocol):
-    def begin(self, is_routed: bool) -> None:
-        """Before a step's first layer. `is_routed`: it will need few of each layer's experts."""
-
-    def acquire(self) -> LayerWeights:
-        """The next layer but for its experts, ready to be computed with."""
-
-    def experts(self, layer: int, chosen: Sequence[int]) -> Fetched:
-        """Of an acquired layer, these at least. Valid until more are asked for, or the layer is
-        released."""
-
-    def advance(self, part: int, n_parts: int) -> None:
-        """Called before each of the layer's n_parts cells: queue that cell's share of what comes
-        next."""
-
-    def release(self) -> None:
-        """The layer acquired first, of those not released, has been computed with for this step."""
-
-    def buffer(self) -> torch.Tensor:
-        """The memory that the layer acquired last is read from."""
-
-    def restart(self) -> None:
-        """The step was given up, and nothing computes any more: the layers it did not come to pass
-        by without being computed with, and the next one is the first."""
-
-    @property
-    def n_bytes_moved(self) -> int:
-        """Bytes so far: of layers acquired, what came whether or not it was needed, and of experts
-        asked for, those that were not there already."""
-
-
-class InPlaceWeights:
-    """Layers used where they lie: in host memory, or in the disk tier's ring."""
-
-    def __init__(self, store: LayerStore) -> None:
-        self._store = store
-        # By address and layer: images are few, and so are slots.
-        self._views: dict[tuple[int, int], LayerWeights] = {}
-        self._experts: dict[tuple[int, int], ExpertWeights] = {}
-        self._asked: set[int] = set()  # experts of the acquired layer
-        self._image: torch.Tensor | None = None
-        self._n_acquired = 0
-        self._n_released = 0
-        self.n_bytes_moved = 0
-
-    def begin(self, is_routed: bool) -> None:
-        self._store.begin(is_routed)
-
-    def acquire(self) -> LayerWeights:
-        layer = self._n_acquired % self._store.n_layers
-        self._image = image = self._store.acquire(layer)
-        self._n_acquired += 1
-        self.n_bytes_moved += self._store.layout.dense_bytes(layer)
-        self._asked = set()
-        key = (image.data_ptr(), layer)
-        if key not in self._views:
-            self._views[key] = self._store.layout.views(image, layer)
-            self._experts[key] = self._store.layout.experts(image, layer)
-        return self._views[key]
-
-    def experts(self, layer: int, chosen: Sequence[int]) -> Fetched:
-        image, layout = self.buffer(), self._store.layout
-        new = set(chosen) - self._asked
-        self._asked |= new
-        self._store.fetch(layer, new)
-        self.n_bytes_moved += layout.experts_bytes(layer, new)
-        return Fetched(self._experts[image.data_ptr(), layer], (image,))
-
-    def advance(self, part: int, n_parts: int) -> None:
-        pass
-
-    def release(self) -> None:
-        self._store.release(self._n_released % self._store.n_layers)
-        self._n_released += 1
-
-    def restart(self) -> None:
-        if self._n_released < self._n_acquired:
-            self.release()
-        while self._n_acquired % self._store.n_layers:
-            self.acquire()
-            self.release()
-
-    def buffer(self) -> torch.Tensor:
-        assert self._image is not None
-        return self._image
 
 
 class StreamedWeights:

@@ -35,8 +35,9 @@ from sl_serve.weights.groups import GROUP_FORMATS
 from sl_serve.weights.host import host_images
 from sl_serve.weights.layout import IMAGE_ALIGNMENT_BYTES, LayerLayout, Param, largest_layer
 from sl_serve.weights.requantised import with_weights
+from sl_serve.weights.source import Fetched
 from sl_serve.weights.store import LayerStore
-from sl_serve.weights.streamer import Fetched, StreamedWeights
+from sl_serve.weights.streamer import StreamedWeights
 from tests.engine.running import GREEDY, config, engine, one_by_one, random_prompts, run, steps_of
 from tests.engine.test_hidden import swap
 from tests.families.test_deepseek_v3 import TINY as DEEPSEEK

@@ -9,9 +9,11 @@ import torch
 from sl_serve.device import CpuDevice, SimDevice, Stream
 from sl_serve.device.sim import HardwareProfile, SlotReuseError
 from sl_serve.weights.host import host_images
+from sl_serve.weights.in_place import InPlaceWeights
 from sl_serve.weights.layout import LayerLayout, LayerWeights, Param
+from sl_serve.weights.source import WeightSource
 from sl_serve.weights.store import LayerStore
-from sl_serve.weights.streamer import InPlaceWeights, StreamedWeights, WeightSource, weight_source
+from sl_serve.weights.streamer import StreamedWeights, weight_source
 
 N_LAYERS = 5
 LAYOUT = LayerLayout(
