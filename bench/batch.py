@@ -68,6 +68,7 @@ def build_report(found: dict[str, Any]) -> dict[str, Any]:
         "job_over_offline": rates["job"] / rates["offline"],
         "form_over_free": rates["in a form"] / rates["free"],
         "n_valid": sum(run["valid"] for run in found["runs"]["in a form"]),
+        "n_cut": sum(run["cut"] for run in found["runs"]["in a form"]),
         "median_step_s": step_s,
         "p95_first_token_steps": waits[PERCENTILE - 1] / step_s,
     }
@@ -75,7 +76,7 @@ def build_report(found: dict[str, Any]) -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> Table:
     rates = report["tokens_per_s"]
-    n_formed = report["lines"] * report["repeat"]
+    n_formed, n_cut = report["lines"] * report["repeat"], report["n_cut"]
     table = Table(title=f"{report['model']}: {report['lines']} lines", title_justify="left")
     for title in ("", "tokens/s", "ratio"):
         table.add_column(title, justify="right" if title else "left")
@@ -83,7 +84,7 @@ def render(report: dict[str, Any]) -> Table:
     table.add_row("as a batch job", f"{rates['job']:.1f}", f"{report['job_over_offline']:.2f}")
     table.add_row("a job, drawn freely", f"{rates['free']:.1f}", "")
     table.add_row(
-        f"in a JSON schema, {report['n_valid']} of {n_formed} valid",
+        f"in a JSON schema, {report['n_valid']} of {n_formed} valid, {n_cut} cut",
         f"{rates['in a form']:.1f}",
         f"{report['form_over_free']:.2f}",
     )

@@ -36,11 +36,14 @@ WORDS = ("river", "stone", "winter", "lamp", "garden", "letter", "bridge", "musi
 PROMPT_WORDS = (16, 96)  # from, to: of unequal length, as real ones are
 POLL_S = 0.02
 PROBE_TOKENS = 4  # that an interactive request generates
-# As a form that answers of some length fill: a table of rows, the longest well within max_tokens.
+# As a form that answers of some length fill: a table of rows. A row is at most 52 characters with
+# white space in 15 places, up to 16 characters in each: no text in this form has FORM_TOKENS, so
+# that none is cut, whatever the model's taste.
+FORM_TOKENS = 1024
 SCHEMA = {
     "type": "array",
     "minItems": 2,
-    "maxItems": 6,
+    "maxItems": 3,
     "items": {
         "type": "object",
         "properties": {
@@ -101,9 +104,14 @@ class _Measurement:
             free = self._job(self._bodies(temperature=1))
             runs["free"].append({"wall_s": free.wall_s, "tokens": free.tokens})
             form = {"structured_outputs": {"json": SCHEMA}}
-            formed = self._job(self._bodies(temperature=1, max_tokens=512, **form))
+            formed = self._job(self._bodies(temperature=1, max_tokens=FORM_TOKENS, **form))
             runs["in a form"].append(
-                {"wall_s": formed.wall_s, "tokens": formed.tokens, "valid": n_valid(formed.texts)}
+                {
+                    "wall_s": formed.wall_s,
+                    "tokens": formed.tokens,
+                    "valid": n_valid(formed.texts),
+                    "cut": formed.finish_reasons.count("length"),
+                }
             )
         return {"runs": runs, "interactive": self._interactive()}
 
@@ -145,8 +153,13 @@ class _Measurement:
         lines = self._service.files.path(batch.output_file_id).read_bytes().splitlines()
         answers = [json.loads(line) for line in lines]
         answers.sort(key=lambda answer: int(answer["custom_id"]))
-        texts = [a["response"]["body"]["choices"][0]["text"] for a in answers]
-        return JobRun(wall_s, batch.output_tokens, texts)
+        choices = [a["response"]["body"]["choices"][0] for a in answers]
+        return JobRun(
+            wall_s,
+            batch.output_tokens,
+            [choice["text"] for choice in choices],
+            [choice["finish_reason"] for choice in choices],
+        )
 
     def _create(self, bodies: Sequence[dict[str, Any]]) -> BatchRecord:
         lines = (
@@ -210,6 +223,7 @@ class JobRun:
     wall_s: float
     tokens: int  # generated
     texts: list[str]  # in the order of the lines
+    finish_reasons: list[str]
 
 
 def n_valid(texts: Sequence[str]) -> int:

@@ -30,7 +30,8 @@ def test_everything_is_measured(small: str) -> None:
     assert all(len(runs) == 2 for runs in found["runs"].values())
     for name in ("offline", "job"):
         assert [run["tokens"] for run in found["runs"][name]] == [5 * 4] * 2
-    assert [run["valid"] for run in found["runs"]["in a form"]] == [5, 5]
+    formed = found["runs"]["in a form"]
+    assert [(run["valid"], run["cut"]) for run in formed] == [(5, 0), (5, 0)]
     assert len(found["interactive"]["first_token_s"]) == 2
     assert len(found["interactive"]["step_s"]) > 2
     report = build_report(found)
@@ -52,7 +53,7 @@ def test_report_and_table() -> None:
         "offline": [run(100, 1), run(100, 2), run(100, 4)],
         "job": [run(100, 2), run(100, 2.5), run(100, 2)],
         "free": [run(90, 1)],
-        "in a form": [run(45, 1, valid=3)],
+        "in a form": [run(45, 1, valid=3, cut=1)],
     }
     waits = [0.1 + i / 100 for i in range(11)]
     found = {"runs": runs, "interactive": {"first_token_s": waits, "step_s": [0.1, 0.1, 0.3]}}
@@ -63,7 +64,7 @@ def test_report_and_table() -> None:
     out = io.StringIO()
     about = {"model": "m", "lines": 3, "repeat": 1}
     Console(file=out, width=100).print(render(report | about))
-    assert "3 of 3 valid" in out.getvalue() and "1.95 steps of 0.100 s" in out.getvalue()
+    assert "3 of 3 valid, 1 cut" in out.getvalue() and "1.95 steps of 0.100 s" in out.getvalue()
 
 
 def test_valid_is_what_the_schema_says() -> None:
