@@ -65,6 +65,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     attention_bias: bool = False  # biases on q, k, v and o
     mlp_bias: bool = False
+    values_are_keys: bool = False  # one line serves as both, and is kept once
     norm_first: bool = True  # norms before attention and MLP; False: after
     final_norm: bool = True
     embed_size: int | None = None  # width of embedding and head; None: hidden_size
@@ -89,6 +90,11 @@ class ModelConfig:
     @property
     def kv_size(self) -> int:
         return self.n_kv_heads * self.head_dim
+
+    @property
+    def n_kv_lines(self) -> int:
+        """Kept of a token at a layer: of each head a key and a value, of head_dim numbers each."""
+        return self.n_kv_heads * (1 if self.values_are_keys else 2)
 
 
 @dataclass(frozen=True, slots=True)

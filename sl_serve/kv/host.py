@@ -56,15 +56,16 @@ class HostKV:
         return KVRegion(self.memory, layer * self.spec.chunk_layer_bytes)
 
     def scatter(self, layer: int, offsets: Int64Array, tokens: torch.Tensor) -> None:
-        """Put K and V of new tokens, lines (T, 2, Hk), where `offsets` (T, 2) says, in
+        """Put K and V of new tokens, lines (T, kinds, Hk), where `offsets` (T, 2) says, in
         "position" order.
 
         A line is all heads of K or of V of one token. As opaque items, each is one memmove: 14
         GB/s on one core for 2 KiB lines, where torch's indexed writes of 16-bit numbers reach 0.7.
         """
         assert self.spec.order == "position"
-        line_bytes = self.spec.token_layer_bytes // 2
+        line_bytes = self.spec.heads_bytes
         line = f"V{line_bytes}"
+        offsets = offsets[:, : self.spec.n_kinds]
         lines = self.memory.numpy().view(line)
         base = layer * self.spec.chunk_layer_bytes
         lines[(offsets.reshape(-1) + base) // line_bytes] = tokens.numpy().view(line)

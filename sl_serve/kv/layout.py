@@ -58,6 +58,7 @@ class KVSpec:
     format: KVFormat
     chunk_tokens: int
     order: KVOrder
+    values_are_keys: bool = False  # one line of a head serves as both
 
     def __post_init__(self) -> None:
         assert self.chunk_tokens & (self.chunk_tokens - 1) == 0, "chunk_tokens: a power of two"
@@ -68,9 +69,19 @@ class KVSpec:
         return self.format.line_bytes(self.head_dim)
 
     @property
+    def heads_bytes(self) -> int:
+        """K or V of all heads of one token."""
+        return self.n_kv_heads * self.line_bytes
+
+    @property
+    def n_kinds(self) -> int:
+        """K and V, or what is both."""
+        return 1 if self.values_are_keys else 2
+
+    @property
     def token_layer_bytes(self) -> int:
         """K and V of one token at one layer."""
-        return 2 * self.n_kv_heads * self.line_bytes
+        return self.n_kinds * self.heads_bytes
 
     @property
     def token_bytes(self) -> int:
@@ -89,13 +100,15 @@ class KVSpec:
         return self.chunk_tokens // width
 
     def strides(self, width: int) -> KVStrides:
-        head = self.line_bytes
-        row = self.n_kv_heads * head
+        head, row, n_kinds = self.line_bytes, self.heads_bytes, self.n_kinds
+        to_values = n_kinds - 1  # keys that are the values are no way from them
         if self.order == "position":
-            return KVStrides(position=2 * width * row, row=row, kv=width * row, head=head)
+            kind = width * row
+            return KVStrides(position=n_kinds * kind, row=row, kv=to_values * kind, head=head)
         positions = self.positions(width)
+        kind = positions * row
         return KVStrides(
-            position=head, row=2 * positions * row, kv=positions * row, head=positions * head
+            position=head, row=n_kinds * kind, kv=to_values * kind, head=positions * head
         )
 
     def live_bytes(self, width: int, n_tokens: int) -> int:

@@ -24,7 +24,7 @@ from sl_serve.weights.formats import plain
 
 class _Window(NamedTuple):
     memory: torch.Tensor  # uint8: the prefix and room for the new tokens
-    staging: torch.Tensor  # uint8: the new tokens as lines (T, 2, Hk), on their way up
+    staging: torch.Tensor  # uint8: the new tokens as lines (T, kinds, Hk), on their way up
 
 
 class _Arrival(NamedTuple):
@@ -201,15 +201,16 @@ class WindowedKV:
         self._computed[index] = self._device.record(Stream.COMPUTE)
 
     def _stage(self, k: torch.Tensor, v: torch.Tensor, staged: torch.Tensor) -> None:
-        if self._expanded is None:
-            self._ops.pack_kv(k, v, self._tokens(staged, len(k)))
-            return
-        lines = staged.view(len(k), 2, self._spec.n_kv_heads, self._spec.line_bytes)
-        for i, x in enumerate((k, v)):
-            lines[:, i] = write_lines(x, self._spec.format)
-
-    def _tokens(self, staging: torch.Tensor, n_tokens: int) -> torch.Tensor:
-        """The first n_tokens of a staging buffer as (T, 2, Hk, D)."""
         spec = self._spec
-        used = staging[: n_tokens * spec.token_layer_bytes].view(self._dtype)
-        return used.view(n_tokens, 2, spec.n_kv_heads, spec.head_dim)
+        kinds = (k, v)[: spec.n_kinds]
+        shape = (len(k), len(kinds), spec.n_kv_heads)
+        if self._expanded is not None:
+            lines = staged.view(*shape, spec.line_bytes)
+            for i, x in enumerate(kinds):
+                lines[:, i] = write_lines(x, spec.format)
+            return
+        numbers = staged.view(self._dtype).view(*shape, spec.head_dim)
+        if spec.values_are_keys:
+            numbers[:, 0] = k
+        else:
+            self._ops.pack_kv(k, v, numbers)

@@ -88,6 +88,7 @@ def latent_fields(fields: Fields, generation: Fields) -> dict[str, Any]:
     return common | {
         "n_kv_heads": 1,
         "head_dim": rank + rope_dim,
+        "values_are_keys": True,
         "ropes": tuple(replace(rope, n_dims=rope_dim) for rope in common["ropes"]),
         "attention_bias": fields.boolean("attention_bias", False),
         "n_experts": n_experts(fields, "n_routed_experts", "num_local_experts"),

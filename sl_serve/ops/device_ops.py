@@ -70,9 +70,8 @@ class DeviceOps(TorchOps):
         groups = group_rows(table, spec)
         if not is_window:  # a row that takes no part may have its own tokens there
             groups = [replace(g, has_unwritten=False) for g in groups]
-        line_bytes = spec.token_layer_bytes // 2
         # In order of T: what an indexed write wants.
-        lines = (table.new_token_offsets() // line_bytes).T
+        lines = (table.new_token_offsets() // spec.heads_bytes).T
         arrays = [lines]
         for group in groups:
             arrays += [group.lengths, group.queries, group.results]

@@ -29,7 +29,7 @@ class RowGroup:
 
     first_line: int  # of the first row's keys
     row_lines: int  # lines from a position to the next
-    value_lines: int  # lines from a key to its value
+    value_lines: int  # lines from a key to its value; none: it is its own
     n_rows: int
     n_new: int
     n_context: int  # of the longest row, new tokens included
@@ -78,7 +78,7 @@ def group_rows(table: RowTable, spec: KVSpec) -> list[RowGroup]:
 
 def _rows(table: RowTable, spec: KVSpec) -> Iterator[_Row]:
     assert spec.order == "position"
-    line_bytes, region_bytes = spec.token_layer_bytes // 2, spec.chunk_layer_bytes
+    line_bytes, region_bytes = spec.heads_bytes, spec.chunk_layer_bytes
     ends = [*table.rows[1:, FIELDS.index("first_chunk")].tolist(), len(table.chunks)]
     for row, end in zip(table.rows.tolist(), ends, strict=True):
         first_token, n_new, start, _, first_chunk, value_bytes, _, position_bytes = row

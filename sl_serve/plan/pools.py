@@ -26,11 +26,11 @@ class KVPools:
 
     @property
     def token_layer_bytes(self) -> int:
-        return 2 * self.model.n_kv_heads * self.format.line_bytes(self.model.head_dim)
+        return self.model.n_kv_lines * self.format.line_bytes(self.model.head_dim)
 
     @property
     def device_token_layer_bytes(self) -> int:
-        return 2 * self.model.n_kv_heads * self.device_format.line_bytes(self.model.head_dim)
+        return self.model.n_kv_lines * self.device_format.line_bytes(self.model.head_dim)
 
     @property
     def token_bytes(self) -> int:
@@ -58,6 +58,7 @@ class KVPools:
             self.format,
             chunk_tokens,
             self.order,
+            model.values_are_keys,
         )
 
     def device_spec(self, pool_bytes: int) -> KVSpec:

@@ -136,7 +136,7 @@ def attention_rates(ops: Ops, model: ModelConfig, format: KVFormat) -> Attention
     prompts = _rows(format, model, PREFILL_ROWS, CONTEXT_TOKENS)
     n_pairs = PREFILL_ROWS * CONTEXT_TOKENS * (CONTEXT_TOKENS + 1) / 2
     flops_per_s = n_pairs * q_flops / _attention_seconds(ops, model, prompts)
-    row_bytes = CONTEXT_TOKENS * 2 * model.n_kv_heads * format.line_bytes(model.head_dim)
+    row_bytes = CONTEXT_TOKENS * model.n_kv_lines * format.line_bytes(model.head_dim)
     n_rows = max(1, min(ATTENTION_ROWS, SWEEP_BYTES // row_bytes))
     seconds = _attention_seconds(ops, model, _rows(format, model, n_rows, 1))
     arithmetic_s = n_rows * CONTEXT_TOKENS * q_flops / flops_per_s
@@ -161,7 +161,7 @@ def cell_rates(ops: Ops, model: ModelConfig, format: KVFormat) -> CellRates:
     n = ELEMENTWISE_TOKENS
     one_s, many_s = (_cell_seconds(ops, model, format, tokens) for tokens in (1, n))
     bytes_per_token = fit_activations(model, ops.dtype).per_token
-    bytes_per_token += 2 * model.n_kv_heads * format.line_bytes(model.head_dim)
+    bytes_per_token += model.n_kv_lines * format.line_bytes(model.head_dim)
     growth_s = max(many_s - one_s, 0.01 * many_s)
     alone = _attention_seconds(ops, model, _rows(format, model, 1, 1, context=1))
     return CellRates((n - 1) * bytes_per_token / growth_s, one_s + alone)
@@ -230,7 +230,15 @@ class _Rows(NamedTuple):
 def _rows(
     format: KVFormat, model: ModelConfig, n_rows: int, n_new: int, context: int = CONTEXT_TOKENS
 ) -> _Rows:
-    spec = KVSpec(1, model.n_kv_heads, model.head_dim, format, context, order="row")
+    spec = KVSpec(
+        1,
+        model.n_kv_heads,
+        model.head_dim,
+        format,
+        context,
+        order="row",
+        values_are_keys=model.values_are_keys,
+    )
     memory = host_empty(n_rows * spec.chunk_bytes)
     # Small numbers in any format. Zeros would share one page, and then be read from cache.
     memory.fill_(0x11)

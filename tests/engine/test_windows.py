@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,7 +52,6 @@ def test_offsets_follow_rows_chunks_and_positions(case: Case) -> None:
 
 N_LAYERS, N_HEADS, WIDTH = 5, 2, 4
 SPEC = KVSpec(N_LAYERS, N_HEADS, HEAD_DIM, KV_FORMATS["float32"], 32, "position")
-SHAPE = (N_LAYERS, 32 // WIDTH, 2, WIDTH, N_HEADS, HEAD_DIM)  # of a chunk
 
 
 def sub_batches(slabs: Sequence[Slab], position: int) -> list[SubBatchPlan]:
@@ -67,38 +67,47 @@ def sub_batches(slabs: Sequence[Slab], position: int) -> list[SubBatchPlan]:
 
 @pytest.mark.parametrize("look_ahead", [0, 1])
 @pytest.mark.parametrize("n_slabs", [1, 3])
-def test_what_leaves_in_a_step_comes_down_in_the_next(look_ahead: int, n_slabs: int) -> None:
+@pytest.mark.parametrize("values_are_keys", [False, True])
+def test_what_leaves_in_a_step_comes_down_in_the_next(
+    look_ahead: int, n_slabs: int, values_are_keys: bool
+) -> None:
     """More cells than staging buffers, over steps that cross a chunk."""
     assert N_LAYERS > HOST_STAGING_BUFFERS
+    spec = replace(SPEC, values_are_keys=values_are_keys)
+    n_kinds = 1 if values_are_keys else 2
+    shape = (N_LAYERS, 32 // WIDTH, n_kinds, WIDTH, N_HEADS, HEAD_DIM)  # of a chunk
     n_steps = 32 // WIDTH + 3
     slabs = [Slab(i, WIDTH, 32 // WIDTH) for i in range(n_slabs)]
     for slab in slabs:
         slab.chunks = [slab.slab_id, n_slabs + slab.slab_id]
-    device, host = SimDevice(), HostKV(SPEC, 2 * n_slabs)
+    device, host = SimDevice(), HostKV(spec, 2 * n_slabs)
     ops = DeviceOps(device, torch.float32)
     kv = WindowedKV(device, ops, host, torch.float32, look_ahead, WIDTH, 2)
     random = torch.Generator().manual_seed(3)
-    written: dict[tuple[int, int, int], torch.Tensor] = {}  # (layer, slab, position) -> (2, rows..)
+    written: dict[
+        tuple[int, int, int], torch.Tensor
+    ] = {}  # (layer, slab, position) -> (kinds, rows..)
     for position in range(n_steps):
         plans = sub_batches(slabs, position)
         kv.begin(plans, {s.slab_id: s for s in slabs})
         for cell in range(N_LAYERS * n_slabs):
             layer, slab_id = divmod(cell, n_slabs)
             region, table = kv.open(cell)
-            # With the prefix down, the window's slab is (positions, 2, width, Hk, D).
-            seen = region.memory.view(torch.float32).view(-1, *SHAPE[2:])
+            # With the prefix down, the window's slab is (positions, kinds, width, Hk, D).
+            seen = region.memory.view(torch.float32).view(-1, *shape[2:])
             for earlier in range(position):
                 assert torch.equal(seen[earlier], written[layer, slab_id, earlier])
-            k, v = torch.randn(2, WIDTH, N_HEADS, HEAD_DIM, generator=random)
-            written[layer, slab_id, position] = torch.stack((k, v))
+            kinds = torch.randn(n_kinds, WIDTH, N_HEADS, HEAD_DIM, generator=random)
+            k, v = kinds[0], kinds[-1]
+            written[layer, slab_id, position] = kinds
             ops.append(region, table, k, v)
             kv.close(cell, k, v)
     kv.begin([], {})  # the last arrivals are put in their places
-    memory = host.memory.view(torch.float32).view(2, n_slabs, *SHAPE)
+    memory = host.memory.view(torch.float32).view(2, n_slabs, *shape)
     for (layer, slab_id, position), tokens in written.items():
-        chunk, within = divmod(position, SHAPE[1])
+        chunk, within = divmod(position, shape[1])
         assert torch.equal(memory[chunk, slab_id, layer, within], tokens)
-    token_bytes = SPEC.token_layer_bytes
+    token_bytes = n_kinds * N_HEADS * HEAD_DIM * 4
     assert kv.n_bytes_up == n_steps * N_LAYERS * n_slabs * WIDTH * token_bytes
     n_cached = np.arange(n_steps).sum()
     assert kv.n_bytes_down == n_cached * N_LAYERS * n_slabs * WIDTH * token_bytes

@@ -1,7 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from sl_serve.config import KVDTypeName
+from sl_serve.device import SimDevice
+from sl_serve.loader import Parts
+from tests.engine.running import GREEDY, config, engine, random_prompts, requests_for
 from tests.families.experts import joined_expert
 from tests.families.harness import FamilyTests, Tiny
 
@@ -49,3 +57,24 @@ TINY = Tiny(
 class TestDeepseekV3(FamilyTests):
     tiny = TINY
     find = staticmethod(joined_expert)
+
+
+@pytest.mark.parametrize(("kv_dtype", "line_bytes"), [("auto", 4 * 40), ("int8", 2 * 34)])
+def test_one_line_of_a_token_is_kept(
+    kv_dtype: KVDTypeName, line_bytes: int, tmp_path: Path
+) -> None:
+    """A latent of 32 numbers and a rotated part of 8, in memory and over a link."""
+    TINY.write(tmp_path)
+    prompts = random_prompts(5)
+    settings = replace(config(max_rows=4, n_sub_batches=2), kv_dtype=kv_dtype)
+
+    def check(parts: Parts) -> None:
+        assert parts.plan.kv.token_layer_bytes == line_bytes
+
+    found = []
+    for device in (None, SimDevice()):
+        with engine(tmp_path, settings, device, check) as running:
+            requests, answers = requests_for(prompts, GREEDY)
+            running.submit(requests)
+            found.append(answers.wait())
+    assert found[0] == found[1]
