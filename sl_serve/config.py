@@ -109,7 +109,7 @@ class QueueConfig:
 class SchedulerConfig:
     """How rows are packed. Zero means: chosen by the plan."""
 
-    max_rows: int = 256  # rows alive at once, over all sub-batches
+    max_rows: int = 256  # of a step, over all sub-batches
     n_sub_batches: int = 1
     prefill_chunk_tokens: int = 0  # prompt tokens of all rows in one step
     look_ahead: int = 1  # layers loading while one computes; 0 is the serial twin

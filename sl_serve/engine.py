@@ -190,7 +190,8 @@ class Engine:
         residents = self._parts.residents
         waits = self._parts.sweep.device.in_place and residents.has_waiting_prompt
         self._background_waited = waits and not self._background_waited
-        return len(residents) if self._background_waited else sys.maxsize
+        n_rows = min(len(residents), residents.max_rows)
+        return n_rows if self._background_waited else sys.maxsize
 
     def _take_out_aborted(self) -> None:
         with self._changed:

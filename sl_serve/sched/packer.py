@@ -27,8 +27,10 @@ def pack(
     background_tokens: int = sys.maxsize,
 ) -> StepPlan:
     """Plan one step over the residents; empty when there are none. A sub-batch may have no fewer
-    tokens than any slab. Rows for which `max_tokens` of the step, at least one, leaves nothing wait
-    for a later one; so do background rows where the step has `background_tokens` already."""
+    tokens than any slab. No more rows take part than a step may have: those of the background that
+    were admitted last wait where interactive ones came beside them. Rows for which `max_tokens` of
+    the step, at least one, leaves nothing wait for a later one; so do background rows where the
+    step has `background_tokens` already."""
     works = _choose_rows(residents, prefill_budget_tokens, max_tokens, background_tokens)
     by_slab: dict[int, list[RowWork]] = defaultdict(list)
     for work in works:
@@ -93,6 +95,8 @@ def _choose_rows(
     works: list[RowWork] = []
     left, room = prefill_budget_tokens, max_tokens
     for request in residents:  # interactive ones first, the oldest of each first
+        if len(works) == residents.max_rows:
+            break
         if request.is_background:
             room = min(room, max(0, background_tokens - _n_tokens(works)))
         remaining = request.n_tokens - request.n_cached

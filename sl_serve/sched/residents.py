@@ -77,9 +77,13 @@ class Residents:
         """Give the request a row with room for its tokens and a first stretch of output.
 
         `expected_tokens`: its probable final length, at most the context. False, and nothing
-        changed, when rows or chunks are short.
+        changed, when rows or chunks are short. Rows of the background that may not take part in
+        steps for a while are no reason: they keep their KV meanwhile.
         """
-        if len(self) >= self.max_rows:
+        others = self._requests()
+        if not request.is_background:
+            others = [r for r in others if not r.is_background]
+        if len(others) >= self.max_rows:
             return False
         width = self.spec.width_for(expected_tokens, self.max_slab_width)
         stretch = min(expected_tokens, request.n_tokens + FIRST_STRETCH_TOKENS)

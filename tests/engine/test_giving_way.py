@@ -14,6 +14,7 @@ from sl_serve.config import QueueConfig
 from sl_serve.core import BACKGROUND_PRIORITY, Request, SamplingParams
 from sl_serve.errors import QueueFullError
 from sl_serve.loader import Parts
+from sl_serve.sched.packer import pack
 from sl_serve.sched.queue import WaitingQueue
 from tests.engine.running import (
     GREEDY,
@@ -76,13 +77,14 @@ class Steps:
 
 
 @pytest.mark.parametrize("n_rows", [1, 4])
-def test_an_interactive_request_starts_at_the_next_boundary_and_parked_rows_lose_nothing(
+def test_an_interactive_request_starts_at_the_next_boundary_and_others_lose_nothing(
     folder: Path, n_rows: int
 ) -> None:
     prompts = random_prompts(10)
     expected = one_by_one(folder, prompts)
     steps = Steps()
     with engine(folder, config(max_rows=n_rows), change=steps.install) as running:
+        seen = steps_of(running)
         lines, answers = background(prompts)
         running.submit(lines)
         for _ in range(5):
@@ -98,7 +100,8 @@ def test_an_interactive_request_starts_at_the_next_boundary_and_parked_rows_lose
         steps.all()
         assert heard.wait() == [expected[0]]
         assert answers.wait() == expected
-        assert running.snapshot().n_parked_total >= 1
+        assert running.snapshot().n_parked_total == 0  # a row waited, and kept what it had
+    assert max(step.n_rows for step in seen) == n_rows
 
 
 def test_interactive_requests_do_not_push_each_other_aside(folder: Path) -> None:
@@ -133,6 +136,22 @@ def test_the_youngest_background_row_gives_way() -> None:
     residents.check_integrity()
 
 
+def test_a_full_house_has_room_for_interactive_rows_and_steps_stay_as_wide() -> None:
+    residents = residents_of(max_rows=2)
+    lines = [ask(i, 4, priority=BACKGROUND_PRIORITY) for i in (0, 1, 2)]
+    asked = [ask(i, 4) for i in (3, 4, 5)]
+    assert [residents.admit(line, 20) for line in lines] == [True, True, False]
+    for came, taking_part in ((asked[0], [asked[0], lines[0]]), (asked[1], asked[:2])):
+        assert residents.admit(came, 20)
+        (sub_batch,) = pack(residents, 100, 1, 100).sub_batches
+        assert {work.request.request_id for work in sub_batch.rows} == {
+            request.request_id for request in taking_part
+        }
+    assert not residents.admit(asked[2], 20)
+    assert all(line in residents for line in lines[:2])
+    residents.check_integrity()
+
+
 def test_background_requests_neither_meet_the_limits_nor_use_them_up() -> None:
     queue = WaitingQueue(QueueConfig(max_requests=2, max_tokens=100))
     sampling = SamplingParams(max_tokens=40)
@@ -155,19 +174,24 @@ def test_background_requests_neither_meet_the_limits_nor_use_them_up() -> None:
 
 
 def test_background_rows_finish_under_a_stream_of_interactive_ones(folder: Path) -> None:
-    """Short of KV memory and rows: they are parked again and again, and say what they would have
-    said alone."""
+    """Short of KV memory: they are parked again and again, and say what they would have said
+    alone."""
     prompts = random_prompts(12, seed=3)
     expected = one_by_one(folder, prompts)
-    settings = replace(config(max_rows=3), kv_memory_bytes=800_000)
-    with engine(folder, settings) as running:
+    settings = replace(config(max_rows=12), kv_memory_bytes=400_000)
+    gate = Steps()
+    with engine(folder, settings, change=gate.install) as running:
         steps = steps_of(running)
         lines, answers = background(prompts)
         running.submit(lines)
+        gate.wait_begun()  # all memory is theirs
+        asked, heard = requests_for([prompts[0]], GREEDY, tag="first")
+        running.submit(asked)
+        gate.all()
         for i in range(8):
             asked, heard = requests_for([prompts[i]], GREEDY, tag=f"chat{i}")
             running.submit(asked)
             assert heard.wait() == [expected[i]]
         assert answers.wait() == expected
         assert running.snapshot().n_parked_total > 0
-    assert max(step.n_rows for step in steps) <= 3
+    assert max(step.n_rows for step in steps) < 12
