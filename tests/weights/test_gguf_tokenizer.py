@@ -25,6 +25,10 @@ CASED = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*SUFFIX"
 )
 CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚ"
+    "\u1e00-\u1f15\u1f18-\u1f1d\u2126\uff21-\uff3a\uff41-\uff5a\U0001e900-\U0001e943"
+)
 DEEPSEEK_WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -97,6 +101,14 @@ IN_TURN = {
         r"[\r\n]",
         r"\s?\p{L}+",
         r"\s?\p{P}+",
+        "[一-龥\u0800-一가-\ud7ff]+",
+        r"\p{N}",
+    ],
+    "deepseek-llm": [
+        r"[\r\n]",
+        rf"\s?[{DEEPSEEK_LETTERS}]+",
+        r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",  # noqa: RUF001
+        r"\s+$",
         "[一-龥\u0800-一가-\ud7ff]+",
         r"\p{N}",
     ],
