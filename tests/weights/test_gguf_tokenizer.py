@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,24 @@ def test_further_pre_tokenizers_cut_like_their_expressions(name: str, text: str)
     if name == "falcon":
         text = text.encode("ascii", "ignore").decode()
     assert words(load(byte_level_settings(name)), text) == cut_in_turn(text, IN_TURN[name])
+
+
+# Of those with case: Armenian and Georgian ones, and what Unicode added later or apart.
+NOT_DEEPSEEKS = (
+    *(range(0x560, 0x590), range(0x10C6, 0x1100), range(0x1C80, 0x1C90), range(0x2D00, 0x2D30)),
+    *(range(0xA78F, 0xAB70), range(0x10500, 0x10600), range(0x10D00, 0x11000)),
+    *(range(0x16E00, 0x1E900),),
+)
+
+
+def test_deepseek_joins_letters_that_have_case() -> None:
+    tokenizer = load(byte_level_settings("deepseek-llm"))
+    letters = [c for c in range(0x80, 0x20000) if chr(c).isalpha()]
+    for c in letters:
+        has_case = unicodedata.category(chr(c)) in ("Lu", "Ll", "Lt")
+        if c < 0x3000 or has_case:
+            joins = has_case and not any(c in others for others in NOT_DEEPSEEKS)
+            assert (len(words(tokenizer, f"a{chr(c)}")) == 1) == joins, hex(c)
 
 
 def test_words_that_are_tokens_and_added_begins_by_name() -> None:
