@@ -20,7 +20,7 @@ from sl_serve.ops import CAUSAL, Ops, Scoring
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.layout import LayerWeights, Param
 
-SHARED_MODULES = frozenset({"experts", "generic", "parts", "rope"})
+SHARED_MODULES = frozenset({"deepseek_gguf", "experts", "generic", "parts", "rope"})
 GENERIC = "generic"  # the family of what has no file here: transformers' modules, opened
 
 

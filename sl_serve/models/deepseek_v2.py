@@ -9,6 +9,7 @@ import torch
 from sl_serve.config import ModelConfig
 from sl_serve.errors import ModelError
 from sl_serve.models import Block, RopeTable
+from sl_serve.models.deepseek_gguf import SOFTMAX, deepseek_dialect
 from sl_serve.models.deepseek_v3 import (
     DeepseekConfig,
     expert,
@@ -35,6 +36,10 @@ __all__ = [
 ]
 
 METHODS = ("greedy", "group_limited_greedy")
+
+GGUF = deepseek_dialect(
+    SOFTMAX, lambda fields, _tensors: {"topk_method": METHODS[fields["n_group"] > 1]}
+)
 
 
 def model_config(fields: Fields, generation: Fields) -> DeepseekConfig:

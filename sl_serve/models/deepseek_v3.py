@@ -17,6 +17,7 @@ import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.models import Block, NewTokens, RopeTable, Routed, llama
+from sl_serve.models.deepseek_gguf import SIGMOID, deepseek_dialect
 from sl_serve.models.experts import expert_params, gated_expert, n_experts, router_params
 from sl_serve.models.llama import head_input, hidden_states, static_tensors
 from sl_serve.models.parts import add_linear, halves_apart, linear, linear_params, vector_param
@@ -35,6 +36,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = deepseek_dialect(SIGMOID)
 
 ATTENTION, MLP = llama.PREFIX + "self_attn.", llama.PREFIX + "mlp."
 LATENT_NORM_EPS = 1e-6  # of both; not among the settings

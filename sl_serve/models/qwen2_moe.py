@@ -23,6 +23,7 @@ from sl_serve.models.llama import head_input, hidden_states, static_tensors
 from sl_serve.models.parts import add_linear, linear, linear_params
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -35,6 +36,21 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect(
+    "qwen2moe",
+    {
+        "expert_count": "num_experts",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        "expert_used_count": "num_experts_per_tok",
+    },
+    derived=lambda fields, _tensors: {
+        "norm_topk_prob": False,
+        "qkv_bias": fields["attention_bias"],
+    },
+    has_experts=True,
+)
 
 MLP = llama.PREFIX + "mlp."
 SHARED = MLP + "shared_expert."

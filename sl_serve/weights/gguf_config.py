@@ -14,6 +14,7 @@ from sl_serve.models import load_family, supported_families
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.gguf_header import GgufTensor
+from sl_serve.weights.gguf_names import predicting_layers
 from sl_serve.weights.gguf_rope import ROPE_SETTINGS, Factors, rope_fields
 
 _SIZES = {  # integers that every model has
@@ -34,21 +35,32 @@ _READ_APART = ROPE_SETTINGS | {
     "attention.value_length",
     "expert_count",
     "expert_used_count",
+    "nextn_predict_layers",  # the names of tensors say it
     "rope.dimension_count",
     "tensor_data_layout",  # how the tensors once lay elsewhere
     "vocab_size",  # the embeddings have one
 }
+_MAX_EXPERTS = 1024  # of a layer; twice as many as any model has
+_SOFTMAX = 1  # expert_gating_func
 
 
-def find_dialect(architecture: str, has_experts: bool, path: Path) -> tuple[str, GgufDialect]:
+def find_dialect(
+    architecture: str, settings: Mapping[str, Any], path: Path
+) -> tuple[str, GgufDialect]:
     """The family and its statement. Raises ModelError, naming the architectures there are."""
+    fields = Fields(settings, str(path), prefix=f"{architecture}.")
+    has_experts = fields.integer("expert_count", 0, low=0, high=_MAX_EXPERTS) > 0
+    gating = fields.integer("expert_gating_func", _SOFTMAX, low=0)
     wanted = (architecture, has_experts)
     dialects = {name: getattr(load_family(name), "GGUF", None) for name in supported_families()}
     for family, dialect in dialects.items():
-        if dialect is not None and (dialect.architecture, dialect.has_experts) == wanted:
+        if dialect is None or (dialect.architecture, dialect.has_experts) != wanted:
+            continue
+        if dialect.gating in (None, gating):
             return family, dialect
     known = ", ".join(sorted({d.architecture for d in dialects.values() if d is not None}))
     what = f"architecture {architecture[:80]!r}{' with experts' if has_experts else ''}"
+    what += "" if gating == _SOFTMAX else f" and expert_gating_func {gating}"
     raise ModelError(f"{path}: GGUF files of {what} are not supported; supported: {known}")
 
 
@@ -64,14 +76,16 @@ def config_fields(
     here: to leave it out could change the results unnoticed."""
     fields = Fields(settings, str(path), prefix=f"{dialect.architecture}.")
     names = {**_NAMES, **dialect.settings}
-    _check_known(fields, names)
+    _check_known(fields, {*names, *dialect.read_apart})
     if not dialect.has_experts:
         fields.only("expert_used_count", 0)
     sizes = {names[key]: fields.integer(key) for key in _SIZES}
+    sizes["num_hidden_layers"] = min([sizes["num_hidden_layers"], *predicting_layers(tensors)])
     hidden_size, n_heads = (fields.integer(k) for k in ("embedding_length", "attention.head_count"))
     head_dim = fields.integer("attention.key_length", max(1, hidden_size // n_heads))
-    fields.only("attention.value_length", head_dim)
-    if dialect.rotary_share is None:
+    if "attention.value_length" not in dialect.read_apart:
+        fields.only("attention.value_length", head_dim)
+    if dialect.rotary_share is None and "rope.dimension_count" not in dialect.read_apart:
         fields.only("rope.dimension_count", head_dim)
     n_dims = fields.integer("rope.dimension_count", head_dim, high=head_dim)
     found = {
@@ -90,6 +104,7 @@ def config_fields(
     if dialect.rotary_share is not None:
         # just above, so that it times a head is never rounded down
         found[dialect.rotary_share] = math.nextafter(n_dims / head_dim, 1.0)
+    found |= dialect.read(fields, found)
     return {**found, **dialect.derived(found, tensors.keys())}
 
 

@@ -7,17 +7,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from sl_serve.config import ModelConfig
+from sl_serve.weights.fields import Fields as Settings
 
 Fields = Mapping[str, Any]  # as in config.json
 Derived = Callable[[Fields, Collection[str]], Fields]  # of fields and of the names of tensors
 # Where the rows of a tensor are in the file, in Hugging Face's order.
 RowOrder = Callable[[ModelConfig], np.ndarray[Any, Any]]
+Read = Callable[[Settings, Fields], Fields]  # of the file's settings and of the fields so far
 
 
 def _nothing(_fields: Fields, _tensors: Collection[str]) -> Fields:
     return {}
+
+
+def _read_nothing(_settings: Settings, _fields: Fields) -> Fields:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A matrix that files may have as several tensors instead."""
+
+    parts: Callable[[Any], Mapping[str, tuple[int, ...]]]  # of the model's config: module -> shape
+    join: Callable[..., torch.Tensor]  # of these tensors, in float32: (out, in)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +47,12 @@ class GgufDialect:
     derived: Derived = _nothing  # what llama.cpp has in its code and not in the file
     rows: Mapping[str, RowOrder] = field(default_factory=dict)  # module, by the end of its name
     has_experts: bool = False
+    # expert_gating_func (1 where a file lacks it), of families that share an architecture.
+    gating: int | None = None
     norm_offset: float = 0.0  # what the file's norms have more than Hugging Face's
+    read: Read = _read_nothing  # what several settings say together, or in another way than most
+    read_apart: Collection[str] = ()  # the settings that it reads
+    splits: Mapping[str, Split] = field(default_factory=dict)  # module, by the end of its name
 
 
 def _rotated_pairs(n_heads: int, head_dim: int) -> np.ndarray[Any, Any]:

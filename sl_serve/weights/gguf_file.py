@@ -4,6 +4,7 @@ to float32, or rows in the file's own blocks."""
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from sl_serve.weights.gguf_parts import Array, GgufPart, open_parts
 from sl_serve.weights.gguf_rope import ROPE_TENSORS
 from sl_serve.weights.gguf_tokenizer import load_gguf_tokenizer
 
-_MAX_EXPERTS = 1024  # of a layer; twice as many as any model has
 _PLAIN = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,
@@ -47,13 +47,12 @@ class GgufCheckpoint:
         self._settings = self._parts[0].settings
         general = Fields(self._settings, str(path))
         architecture = general.text("general.architecture")
-        key = f"{architecture}.expert_count"
-        has_experts = general.integer(key, 0, low=0, high=_MAX_EXPERTS) > 0
-        family, self._dialect = find_dialect(architecture, has_experts, path)
+        family, self._dialect = find_dialect(architecture, self._settings, path)
         self.fields = config_fields(family, self._dialect, self._settings, tensors, factors, path)
         no_more = Fields({}, str(path))  # a generation_config.json has no counterpart
         self.config = load_family(family).model_config(Fields(self.fields, str(path)), no_more)
-        places = stored_names(self.config, architecture, stored.keys(), path)
+        self.splits = self._dialect.splits
+        places = stored_names(self.config, self._dialect, stored.keys(), path)
         self._tensors = {
             name: (stored[place.name], self._at(tensors[place.name], place))
             for name, place in places.items()
@@ -96,6 +95,8 @@ class GgufCheckpoint:
             part.close()
 
     def _at(self, tensor: GgufTensor, place: Place) -> GgufTensor:
+        if place.is_row and len(tensor.shape) == 1:  # files need not have sizes of one
+            return replace(tensor, shape=(1, *tensor.shape))
         if place.expert is None:
             return tensor
         if len(tensor.shape) != 3 or tensor.shape[0] != self.config.n_experts:

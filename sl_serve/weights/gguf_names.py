@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,45 +12,67 @@ import gguf
 from sl_serve.config import ModelConfig
 from sl_serve.errors import ModelError
 from sl_serve.models import load_family
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.gguf_rope import ROPE_TENSORS
 from sl_serve.weights.layout import source_name
 
 _FIRST_LAYER = "blk.0."
+_PREDICTING = re.compile(r"blk\.(\d{1,5})\.nextn\.")
 
 
 class Place(NamedTuple):
     name: str
     expert: int | None  # whose tensor it is, of all experts' stacked in one; None: all of it
+    is_row: bool = False  # a matrix of one row, which a file may have as a vector
 
 
 def stored_names(
-    config: ModelConfig, architecture: str, stored: Collection[str], path: Path
+    config: ModelConfig, dialect: GgufDialect, stored: Collection[str], path: Path
 ) -> dict[str, Place]:
     """Of what is there. A tensor without a place in the architecture raises ModelError: leaving it
     out would change the results unnoticed."""
-    translate = _translation(architecture, path)
+    translate = _translation(dialect.architecture, path)
     found: dict[str, Place] = {}
-    for template in _templates(config):
+    for template, is_row in _templates(config, dialect):
         there = translate(source_name(template, 0).replace(".{expert}", ""))
         experts = range(config.n_experts) if "{expert}" in template else (None,)
         for layer in range(config.n_layers if "{layer}" in template else 1):
             name = there.replace(_FIRST_LAYER, f"blk.{layer}.", 1)
             if name in stored:
-                found |= {source_name(template, layer, e): Place(name, e) for e in experts}
+                found |= {source_name(template, layer, e): Place(name, e, is_row) for e in experts}
     used = {place.name for place in found.values()}
+    beyond = tuple(f"blk.{layer}." for layer in predicting_layers(stored))
     for name in sorted(set(stored) - used - ROPE_TENSORS):
+        if name.startswith(beyond):
+            continue
         raise ModelError(
             f"{path}: tensor {name[:120]!r} has no place in a model of type {config.family}"
         )
     return found
 
 
-def _templates(config: ModelConfig) -> Iterator[str]:
+def predicting_layers(stored: Collection[str]) -> frozenset[int]:
+    """Those behind the model's own that predict tokens further on, which only speculation needs."""
+    matches = (_PREDICTING.match(name) for name in stored)
+    return frozenset(int(match[1]) for match in matches if match)
+
+
+def _templates(config: ModelConfig, dialect: GgufDialect) -> Iterator[tuple[str, bool]]:
+    """And whether it is a matrix of one row."""
     family = load_family(config.family)
     for param in family.layer_params(config):
-        yield from param.sources
+        for source, n_rows in zip(param.sources, param.source_rows, strict=True):
+            yield source, param.is_matrix and n_rows == 1
+            yield from ((part, False) for part in _parts(source, config, dialect))
     for name, _ in family.static_tensors(config).values():
-        yield name
+        yield name, False
+
+
+def _parts(source: str, config: ModelConfig, dialect: GgufDialect) -> Iterator[str]:
+    for whole, split in dialect.splits.items():
+        if source.endswith(f".{whole}.weight"):
+            for part in split.parts(config):
+                yield source.replace(f".{whole}.", f".{part}.")
 
 
 def _translation(architecture: str, path: Path) -> Callable[[str], str]:
@@ -63,7 +86,8 @@ def _translation(architecture: str, path: Path) -> Callable[[str], str]:
     table = gguf.get_tensor_name_map(kinds[architecture], 1)
 
     def translate(name: str) -> str:
-        stem, _, end = name.replace("language_model.", "").rpartition(".")
+        there = name.replace("language_model.", "").replace("correction_bias", "correction.bias")
+        stem, _, end = there.rpartition(".")
         short = table.get_name(stem) or table.get_name(stem.removeprefix("transformer."))
         return f"{short}.{end}" if short else name
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import gguf
 import numpy as np
+import torch
 from transformers import PretrainedConfig
 
 from tests.families.gguf_writer import (
@@ -102,6 +103,65 @@ def gpt_neox(writer: Writer, config: PretrainedConfig) -> None:
     writer.add_parallel_residual(config.use_parallel_residual)
 
 
+def qwen2_moe(writer: Writer, config: PretrainedConfig) -> None:
+    experts(writer, config)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def gate_as_vector(name: str, array: np.ndarray, _config: PretrainedConfig) -> np.ndarray:
+    return array.reshape(-1) if name.endswith("shared_expert_gate.weight") else array
+
+
+def deepseek(writer: Writer, config: PretrainedConfig) -> None:
+    older_deepseek(writer, config)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
+    if config.model_type == "deepseek_v2":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
+    if config.n_group is not None:
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+
+
+def older_deepseek(writer: Writer, config: PretrainedConfig) -> None:
+    """Groups of experts were left out, and so was the softmax of the second generation."""
+    writer.add_key_length(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length(config.v_head_dim)
+    if config.q_lora_rank is not None:
+        writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_rope_dimension_count(config.qk_rope_head_dim)
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    if config.model_type == "deepseek_v3":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if config.rope_parameters["rope_type"] == "yarn":
+        writer.add_rope_scaling_yarn_log_mul(0.1 * config.rope_parameters["mscale_all_dim"])
+
+
+def with_kv_b_apart(
+    tensors: Mapping[str, torch.Tensor], config: PretrainedConfig
+) -> dict[str, torch.Tensor]:
+    """What newer files have instead of attention's kv_b."""
+    found = dict(tensors)
+    for name in [name for name in tensors if name.endswith("kv_b_proj.weight")]:
+        k_b, v_b = [], []
+        for head in found.pop(name).chunk(config.num_attention_heads):
+            k_b.append(head[: config.qk_nope_head_dim].t())
+            v_b.append(head[config.qk_nope_head_dim :])
+        found[name.replace("kv_b", "k_b")] = torch.stack(k_b)
+        found[name.replace("kv_b", "v_b")] = torch.stack(v_b)
+    return found
+
+
 def falcon(writer: Writer, config: PretrainedConfig) -> None:
     writer.add_tensor_data_layout("jploski")
     multi_query = config.multi_query and not config.new_decoder_architecture
@@ -113,6 +173,9 @@ CONVERTERS: Mapping[str, Converter] = {
     "mistral": Converter(Arch.LLAMA, change=for_rotated_neighbours),
     "mixtral": Converter(Arch.LLAMA, experts, for_rotated_neighbours),
     "qwen3_moe": Converter(Arch.QWEN3MOE, experts),
+    "qwen2_moe": Converter(Arch.QWEN2MOE, qwen2_moe, gate_as_vector),
+    "deepseek_v2": Converter(Arch.DEEPSEEK2, deepseek),
+    "deepseek_v3": Converter(Arch.DEEPSEEK2, deepseek),
     "qwen2": Converter(Arch.QWEN2),
     "qwen3": Converter(Arch.QWEN3),
     "phi3": Converter(Arch.PHI3, phi3),

@@ -84,11 +84,13 @@ def write_gguf(
     for name, tensor in (tensors or model.state_dict()).items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        stored = names.get_name(name.removeprefix("transformer."), (".weight", ".bias"))
-        stored = stored or names.get_name(name, (".weight", ".bias"))
+        there = name.replace("correction_bias", "correction.bias")
+        stored = names.get_name(there.removeprefix("transformer."), (".weight", ".bias"))
+        stored = stored or names.get_name(there, (".weight", ".bias"))
         assert stored is not None, name
         array = how.change(name, tensor.float().numpy(), model.config)
-        used = kind if array.ndim > 1 else Kind.F32
+        divides = array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+        used = kind if array.ndim > 1 and divides else Kind.F32
         writer.add_tensor(stored, gguf.quantize(array, used), raw_dtype=used)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -30,6 +30,7 @@ TINY = Tiny(
             "routed_scaling_factor": 16.0,
         },
         "yarn-rope": {"rope_parameters": YARN},
+        "even-yarn-rope": {"rope_parameters": {**YARN, "mscale_all_dim": 0.707}},
         "biases": {"attention_bias": True},
     },
 )

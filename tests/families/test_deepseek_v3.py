@@ -45,6 +45,7 @@ TINY = Tiny(
         "whole-queries": {"q_lora_rank": None},
         "halves-turn": {"rope_interleave": False},
         "yarn-rope": {"rope_parameters": YARN},
+        "even-yarn-rope": {"rope_parameters": {**YARN, "mscale": 1.0}},
         "one-group": {"n_group": 1, "topk_group": 1},
         "two-shared": {"n_shared_experts": 2, "routed_scaling_factor": 1.3},
         "as-they-are": {"norm_topk_prob": False},

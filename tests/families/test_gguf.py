@@ -17,7 +17,7 @@ from sl_serve.models import load_family, supported_families
 from sl_serve.weights.checkpoint import open_checkpoint
 from tests.engine.running import random_prompts
 from tests.families.experts import joined_expert
-from tests.families.gguf_converters import CONVERTERS
+from tests.families.gguf_converters import CONVERTERS, with_kv_b_apart
 from tests.families.gguf_writer import Kind, with_stacked_experts, write_gguf
 from tests.families.harness import Tiny, check, news_of
 
@@ -27,6 +27,11 @@ VARIANTS = {
     "cohere": ["many-key-heads", "head-norms", "large-logits", "biases"],
     "cohere2": ["large-logits"],
     "bloom": ["six-heads"],
+    "deepseek_v2": ["latent-queries", "groups", "even-yarn-rope"],
+    "deepseek_v3": [
+        *("whole-queries", "even-yarn-rope", "one-group", "two-shared", "as-they-are"),
+        "no-dense",
+    ],
     "falcon": ["grouped", "grouped-one-norm", "grouped-biases", "many-key-heads", "narrow-mlp"],
     "gemma": ["one-key-head", "other-heads", "odd-scale"],
     "gemma2": [],
@@ -51,6 +56,7 @@ VARIANTS = {
         "one-key-head",
     ],
     "qwen2": ["tied", "yarn-rope"],
+    "qwen2_moe": ["no-biases"],
     "qwen3": ["tied", "biases", "yarn-rope"],
     "qwen3_moe": ["biases", "other-heads"],
     "seed_oss": ["no-biases", "all-biases", "tied"],
@@ -58,7 +64,8 @@ VARIANTS = {
     "stablelm": ["parallel", "biases", "half-rotated", "tied"],
     "starcoder2": ["no-biases", "own-head"],
 }
-WITH_EXPERTS = ("mixtral", "qwen3_moe")
+WITH_LATENTS = ("deepseek_v2", "deepseek_v3")
+WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", *WITH_LATENTS)
 # Where llama.cpp has in its code what others have among their settings.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "cohere2": {"layer_types": None, "num_hidden_layers": 4},  # every fourth sees all
@@ -95,7 +102,9 @@ def write(folder: Path, family: str, variant: str = "", **options: object) -> Pr
     """The reference; the file is model.gguf."""
     reference = tiny_of(family).write(folder / "hf", variant)
     if family in WITH_EXPERTS:
-        options["tensors"] = with_stacked_experts(folder / "hf")
+        tensors = with_stacked_experts(folder / "hf")
+        apart = family in WITH_LATENTS
+        options["tensors"] = with_kv_b_apart(tensors, reference.config) if apart else tensors
     write_gguf(folder / "model.gguf", reference, CONVERTERS[family], **options)  # type: ignore[arg-type]
     return reference
 
@@ -134,11 +143,28 @@ def test_transformers_reads_the_same_tensors(family: str, tmp_path: Path) -> Non
     ours.close()
 
 
+def test_transformers_reads_the_same_experts(tmp_path: Path) -> None:
+    """Of Qwen2-MoE, whose sizes of experts it takes for granted."""
+    sizes = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
+    tiny = tiny_of("qwen2_moe")
+    tiny = replace(tiny, settings={**tiny.settings, **sizes, "num_hidden_layers": 1})
+    reference = tiny.write(tmp_path / "hf")
+    path, tensors = tmp_path / "model.gguf", with_stacked_experts(tmp_path / "hf")
+    write_gguf(path, reference, CONVERTERS["qwen2_moe"], tensors=tensors)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    ).state_dict()
+    ours = open_checkpoint(path)
+    for name in ours.names():
+        torch.testing.assert_close(ours.read(name), joined_expert(theirs, name), rtol=0, atol=1e-6)
+    ours.close()
+
+
 def test_every_statement_is_tested() -> None:
     stated = {f for f in supported_families() if hasattr(load_family(f), "GGUF")}
     assert stated == {family for family, _ in CASES} - {"mistral"}  # written as a Llama
     dialects = [load_family(family).GGUF for family in stated]  # type: ignore[attr-defined]
-    assert len({(d.architecture, d.has_experts) for d in dialects}) == len(dialects)
+    assert len({(d.architecture, d.has_experts, d.gating) for d in dialects}) == len(dialects)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ CASED = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*SUFFIX"
 )
 CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚ"
+    "\u1e00-\u1f15\u1f18-\u1f1d\u2126\uff21-\uff3a\uff41-\uff5a\U0001e900-\U0001e943"
+)
 DEEPSEEK_WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -100,6 +105,14 @@ IN_TURN = {
         "[一-龥\u0800-一가-\ud7ff]+",
         r"\p{N}",
     ],
+    "deepseek-llm": [
+        r"[\r\n]",
+        rf"\s?[{DEEPSEEK_LETTERS}]+",
+        r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",  # noqa: RUF001
+        r"\s+$",
+        "[一-龥\u0800-一가-\ud7ff]+",
+        r"\p{N}",
+    ],
     # Here, as in the published tokenizer, digits are looked for after bytes have become characters.
     "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"],
     "starcoder": [r"\p{N}", GPT2_SPLIT],
@@ -126,6 +139,25 @@ def test_further_pre_tokenizers_cut_like_their_expressions(name: str, text: str)
     if name == "falcon":
         text = text.encode("ascii", "ignore").decode()
     assert words(load(byte_level_settings(name)), text) == cut_in_turn(text, IN_TURN[name])
+
+
+# Of those with case: Armenian and Georgian ones, and what Unicode added later or apart.
+NOT_DEEPSEEKS = (
+    *(range(0x560, 0x590), range(0x10C6, 0x1100), range(0x1C80, 0x1C90), range(0x2D00, 0x2D30)),
+    *(range(0xA78F, 0xAB70), range(0x10500, 0x10600), range(0x10D00, 0x11000)),
+    *(range(0x16E00, 0x1E900),),
+)
+
+
+def test_deepseek_joins_letters_that_have_case() -> None:
+    tokenizer = load(byte_level_settings("deepseek-llm"))
+    letters = [c for c in range(0x80, 0x20000) if chr(c).isalpha()]
+    for c in letters:
+        has_case = unicodedata.category(chr(c)) in ("Lu", "Ll", "Lt")
+        if c < 0x3000 or has_case:
+            joins = has_case and not any(c in others for others in NOT_DEEPSEEKS)
+            first = words(tokenizer, f"  {chr(c)}")[0]  # a word takes one space
+            assert (first == " ") == joins, hex(c)
 
 
 def test_words_that_are_tokens_and_added_begins_by_name() -> None:
