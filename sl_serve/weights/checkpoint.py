@@ -13,7 +13,7 @@ from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.tokenizer import Tokenizer
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import Format
-from sl_serve.weights.gguf_file import GgufCheckpoint
+from sl_serve.weights.gguf_file import open_gguf
 from sl_serve.weights.hf_folder import HfFolder
 from sl_serve.weights.published import open_published
 from sl_serve.weights.stacked import with_experts_apart
@@ -77,7 +77,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ModelError(f"no such model: {path}")
     if path.suffix != ".gguf":
         raise ModelError(f"{path}: a model is a folder with config.json or a .gguf file")
-    return GgufCheckpoint(path)
+    return open_gguf(path)
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -40,12 +40,20 @@ _READ_APART = ROPE_SETTINGS | {
 }
 
 
-def find_dialect(architecture: str, has_experts: bool, path: Path) -> tuple[str, GgufDialect]:
+def find_dialect(
+    architecture: str,
+    has_experts: bool,
+    settings: Mapping[str, Any],
+    tensors: Collection[str],
+    path: Path,
+) -> tuple[str, GgufDialect]:
     """The family and its statement. Raises ModelError, naming the architectures there are."""
     wanted = (architecture, has_experts)
     dialects = {name: getattr(load_family(name), "GGUF", None) for name in supported_families()}
     for family, dialect in dialects.items():
-        if dialect is not None and (dialect.architecture, dialect.has_experts) == wanted:
+        if dialect is None or (dialect.architecture, dialect.has_experts) != wanted:
+            continue
+        if dialect.belongs(settings, tensors):
             return family, dialect
     known = ", ".join(sorted({d.architecture for d in dialects.values() if d is not None}))
     what = f"architecture {architecture[:80]!r}{' with experts' if has_experts else ''}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,13 @@ from sl_serve.weights.gguf_rope import ROPE_TENSORS
 from sl_serve.weights.layout import source_name
 
 _FIRST_LAYER = "blk.0."
+_QUERY_KEY_VALUE = re.compile(r"\.attn_([qkv])\.")
 
 
 class Place(NamedTuple):
     name: str
-    expert: int | None  # whose tensor it is, of all experts' stacked in one; None: all of it
+    expert: int | None = None  # whose tensor it is, of all experts' stacked in one; None: all of it
+    rows: tuple[int, int] | None = None  # the first and the end of those it is; None: all
 
 
 def stored_names(
@@ -34,14 +37,33 @@ def stored_names(
         experts = range(config.n_experts) if "{expert}" in template else (None,)
         for layer in range(config.n_layers if "{layer}" in template else 1):
             name = there.replace(_FIRST_LAYER, f"blk.{layer}.", 1)
-            if name in stored:
-                found |= {source_name(template, layer, e): Place(name, e) for e in experts}
+            for expert in experts:
+                place = _place(config, name, expert, stored)
+                if place is not None:
+                    found[source_name(template, layer, expert)] = place
     used = {place.name for place in found.values()}
     for name in sorted(set(stored) - used - ROPE_TENSORS):
         raise ModelError(
             f"{path}: tensor {name[:120]!r} has no place in a model of type {config.family}"
         )
     return found
+
+
+def _place(
+    config: ModelConfig, name: str, expert: int | None, stored: Collection[str]
+) -> Place | None:
+    if name in stored:
+        return Place(name, expert)
+    alone = name.replace("_exps.", f".{expert}.")  # in the first files with experts
+    if alone in stored:
+        return Place(alone)
+    match = _QUERY_KEY_VALUE.search(name)
+    if match is None:
+        return None
+    joined = name.replace(match[0], ".attn_qkv.")
+    n_q, n_kv = config.q_size, config.kv_size
+    first, n = {"q": (0, n_q), "k": (n_q, n_kv), "v": (n_q + n_kv, n_kv)}[match[1]]
+    return Place(joined, rows=(first, first + n)) if joined in stored else None
 
 
 def _templates(config: ModelConfig) -> Iterator[str]:

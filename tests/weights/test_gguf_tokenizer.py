@@ -9,7 +9,14 @@ import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    CohereTokenizer,
+    GPT2Tokenizer,
+    GPTNeoXTokenizer,
+    Qwen2Tokenizer,
+    Qwen3_5Tokenizer,
+)
 
 from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError, ModelError
@@ -100,12 +107,22 @@ IN_TURN = {
         "[一-龥\u0800-一가-\ud7ff]+",
         r"\p{N}",
     ],
+    "deepseek-llm": [
+        r"[\r\n]",
+        r"\s?[\p{Lu}\p{Ll}\p{Lt}--[\uA790-\uA7FF\u0560-\u0588]]+",
+        "\\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        "[一-龥\u0800-一가-\ud7ff]+",
+        r"\p{N}",
+    ],
     # Here, as in the published tokenizer, digits are looked for after bytes have become characters.
     "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"],
     "starcoder": [r"\p{N}", GPT2_SPLIT],
     "command-r": [r"\p{N}", GPT2_SPLIT],
     "olmo": [GPT2_SPLIT],
     "phi-2": [GPT2_SPLIT],
+    "exaone4": [GPT2_SPLIT],
+    "chatglm-bpe": [LLAMA3_SPLIT],
     "bloom": [" ?[^\\s|.,!?…。\uff0c、।\u06d4،()]+"],
 }
 
@@ -113,7 +130,7 @@ IN_TURN = {
 def cut_in_turn(text: str, expressions: list[str]) -> list[str]:
     parts = [text]
     for expression in expressions:
-        cuts = [regex.split(f"({expression})", part) for part in parts]
+        cuts = [regex.split(f"({expression})", part, flags=regex.V1) for part in parts]
         parts = [piece for cut in cuts for piece in cut if piece]
     return parts
 
@@ -126,6 +143,32 @@ def test_further_pre_tokenizers_cut_like_their_expressions(name: str, text: str)
     if name == "falcon":
         text = text.encode("ascii", "ignore").decode()
     assert words(load(byte_level_settings(name)), text) == cut_in_turn(text, IN_TURN[name])
+
+
+# Those that transformers has classes for.
+CLASSES = {
+    "gpt-2": GPT2Tokenizer,
+    "olmo": GPTNeoXTokenizer,
+    "command-r": CohereTokenizer,
+    "qwen2": Qwen2Tokenizer,
+    "qwen35": Qwen3_5Tokenizer,
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("text", [*TEXTS, "e\u0301a नमस्ते-x 7890 _y $z\n"])
+def test_pre_tokenizers_cut_like_transformers_classes(name: str, text: str) -> None:
+    values = byte_level_settings(name)
+    vocab = {token: i for i, token in enumerate(values["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split()) for merge in values["tokenizer.ggml.merges"]]
+    theirs = CLASSES[name](vocab=vocab, merges=merges).backend_tokenizer
+    ours = load(values)._backend
+    for backend in (theirs, ours):
+        if backend.normalizer is not None:
+            assert backend.normalizer.normalize_str("e\u0301") == "é"
+    assert (ours.normalizer is None) == (theirs.normalizer is None)
+    found, expected = (b.pre_tokenizer.pre_tokenize_str(text) for b in (ours, theirs))
+    assert found == expected
 
 
 def test_words_that_are_tokens_and_added_begins_by_name() -> None:
@@ -145,7 +188,7 @@ def test_pre_tokenizers_cut_like_their_expressions(text: str) -> None:
     """Against the `regex` package: another engine running the published expressions."""
     for name in ("gpt-2", "default"):
         assert words(load(byte_level_settings(name)), text) == regex.findall(GPT2_SPLIT, text)
-    for name in ("llama-bpe", "llama3"):
+    for name in ("llama-bpe", "llama3", "falcon3"):
         assert words(load(byte_level_settings(name)), text) == regex.findall(LLAMA3_SPLIT, text)
     one_digit = LLAMA3_SPLIT.replace("{1,3}", "")
     assert words(load(byte_level_settings("qwen2")), text) == regex.findall(one_digit, text)
