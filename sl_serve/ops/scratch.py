@@ -29,8 +29,8 @@ class Scratch:
         return buffer[:n].view(n_lines, width)
 
     @property
-    def n_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self._buffers.values())
 
     def _empty(self, n: int) -> torch.Tensor:
         return torch.empty(n, dtype=self._dtype, device=self._device)

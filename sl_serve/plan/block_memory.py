@@ -4,7 +4,7 @@ keep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -17,6 +17,9 @@ from sl_serve.ops import TorchOps
 from sl_serve.plan.activations import PROBE_TOKENS, PeakBytes, empty_weights
 from sl_serve.plan.model_sizes import LinearBytes
 from sl_serve.weights.layout import Param
+
+Attend = Callable[[NewTokens], torch.Tensor]
+Ask = Callable[[Routed], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ def _measured(model: ModelConfig, config: EngineConfig, n_tokens: int) -> tuple[
 
 def _of_layers(model: ModelConfig, ops: _Probe, x: torch.Tensor) -> tuple[int, int]:
     """The most bytes alive at once, and those of them that are not in buffers while a layer waits.
-    Layers of all kinds, one after another: buffers are there for good."""
+    Layers of all kinds pass once before, since buffers are there for good."""
     family = load_family(model.family)
     params = family.layer_params(model)
     layers = {
@@ -58,27 +61,34 @@ def _of_layers(model: ModelConfig, ops: _Probe, x: torch.Tensor) -> tuple[int, i
         for layer in _one_of_each_kind(params, model.n_layers)
     }
     ropes = [RopeTable(*torch.empty(2, len(x), n)) for n in model.rotated_pairs]
-    from_experts, waiting = torch.empty_like(x), [0]
-    known = [x, from_experts, *chain(*ropes), *chain(*(w.values() for w in layers.values()))]
-    with PeakBytes(known) as alive:
+    from_experts = torch.empty_like(x)
 
-        def attend(new: NewTokens) -> torch.Tensor:
-            waiting.append(alive.alive_bytes - ops.kept_bytes)
-            return ops.attended(new)
-
-        def ask(_routed: Routed) -> torch.Tensor:
-            waiting.append(alive.alive_bytes - ops.kept_bytes)
-            return from_experts
-
+    def run(attend: Attend, ask: Ask) -> None:
         for layer, weights in layers.items():
             run_block(family.block(model, ops, layer, weights, x, ropes), attend, ask)
-    return alive.peak_bytes, max(waiting)
+
+    run(ops.attended, lambda _: from_experts)
+    known = [x, from_experts, *chain(*ropes), *chain(*(w.values() for w in layers.values()))]
+    alive, waiting = PeakBytes([*known, *ops.kept]), [0]
+
+    def attend(new: NewTokens) -> torch.Tensor:
+        waiting.append(alive.alive_bytes)
+        return ops.attended(new)
+
+    def ask(_: Routed) -> torch.Tensor:
+        waiting.append(alive.alive_bytes)
+        return from_experts
+
+    with alive:
+        run(attend, ask)
+    return sum(buffer.nbytes for buffer in ops.kept) + alive.peak_bytes, max(waiting)
 
 
 def _of_expert(model: ModelConfig, ops: _Probe, x: torch.Tensor) -> int:
     family = load_family(model.family)
     weights = empty_weights((p for p in family.layer_params(model) if p.n_experts), ops.dtype)
-    with PeakBytes([x, *weights.values()]) as alive:
+    alive = PeakBytes([x, *weights.values()])
+    with alive:
         if weights:
             family.expert(model, ops, weights, x)
     return alive.peak_bytes
@@ -98,8 +108,8 @@ class _Probe(TorchOps):
         return self._scratch("attention", n_tokens + 1, n_heads * head_dim)[:n_tokens]
 
     @property
-    def kept_bytes(self) -> int:
-        return self._scratch.n_bytes
+    def kept(self) -> Sequence[torch.Tensor]:
+        return self._scratch.buffers
 
 
 class _DeviceProbe(_Probe):

@@ -14,6 +14,8 @@ from sl_serve.plan.activations import PeakBytes
 from sl_serve.plan.block_memory import block_memory
 from sl_serve.weights.layout import LayerWeights, Param
 
+ONCE_BYTES = 1024  # of a table with a number per head, which the first layer makes
+
 
 def engine_ops(config: EngineConfig) -> TorchOps:
     device = SimDevice() if config.device == "sim" else None
@@ -38,17 +40,21 @@ def made(model: ModelConfig, ops: TorchOps, n_tokens: int) -> tuple[int, int]:
         {p.name: random_tensor(p) for p in params if p.is_in(layer) and not p.n_experts}
         for layer in range(model.n_layers)
     ]
-    waiting = []
+    waiting: list[int] = []
     known = [x, given, *chain(*ropes), *chain(*(w.values() for w in layers))]
+
+    def note() -> None:
+        waiting.append(alive.alive_bytes - sum(b.nbytes for b in ops._scratch.buffers))
+
     with torch.inference_mode(), PeakBytes(known) as alive:
 
         def attend(new: NewTokens) -> torch.Tensor:
-            waiting.append(alive.alive_bytes - ops._scratch.n_bytes)
+            note()
             width = new.q.shape[1] * new.q.shape[2]
             return ops._scratch("attention", n_tokens + 1, width)[:n_tokens].zero_()
 
         def ask(routed: Routed) -> torch.Tensor:
-            waiting.append(alive.alive_bytes - ops._scratch.n_bytes)
+            note()
             return given
 
         for layer, weights in enumerate(layers):
@@ -67,8 +73,8 @@ def made_by_expert(model: ModelConfig, ops: TorchOps, n_tokens: int) -> int:
 def check_planned(model: ModelConfig, config: EngineConfig, n_tokens: int) -> None:
     planned = block_memory(model, config)
     peak, waiting = made(model, engine_ops(config), n_tokens)
-    assert peak <= planned.computed.at(n_tokens) <= 1.5 * peak
-    assert waiting <= planned.waiting.at(n_tokens)
+    assert peak - ONCE_BYTES <= planned.computed.at(n_tokens) <= 1.1 * peak
+    assert waiting - ONCE_BYTES <= planned.waiting.at(n_tokens)
     if model.n_experts:
         of_expert = made_by_expert(model, engine_ops(config), n_tokens)
-        assert of_expert <= planned.expert.at(n_tokens) <= 1.5 * of_expert
+        assert of_expert <= planned.expert.at(n_tokens) <= 1.1 * of_expert
