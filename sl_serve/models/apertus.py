@@ -22,6 +22,7 @@ from sl_serve.models.parts import add_linear, linear, vector_param
 from sl_serve.models.qwen3 import head_norm_params, new_tokens
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -46,6 +47,17 @@ ROPE = {
 # Of its activation: not learnt, and the same in all of them.
 BETA, EPSILON = 0.5, -1e-6
 
+ACTIVATION = PREFIX + "mlp.act_fn."
+GGUF = GgufDialect(
+    "apertus",
+    # Without a scaling in the file there is none, other than in a config.json.
+    derived=lambda fields, _tensors: {
+        "rope_parameters": fields.get("rope_scaling") or {"rope_type": "default"}
+    },
+    numbers={f"{ACTIVATION}alpha_p": "xielu.alpha_p", f"{ACTIVATION}alpha_n": "xielu.alpha_n"},
+    constants={"xielu.beta": BETA, "xielu.eps": EPSILON},
+)
+
 
 def model_config(fields: Fields, generation: Fields) -> ModelConfig:
     fields = fields.with_defaults(
@@ -62,14 +74,14 @@ def model_config(fields: Fields, generation: Fields) -> ModelConfig:
 
 
 def layer_params(config: ModelConfig) -> tuple[Param, ...]:
-    hidden, activation = config.hidden_size, PREFIX + "mlp.act_fn."
+    hidden = config.hidden_size
     return (
         vector_param("attention_norm", PREFIX + "attention_layernorm.weight", hidden),
         *attention_params(config, config.attention_bias, config.attention_bias),
         *head_norm_params(config),
         vector_param("mlp_norm", PREFIX + "feedforward_layernorm.weight", hidden),
-        vector_param("alpha_p", activation + "alpha_p", 1),
-        vector_param("alpha_n", activation + "alpha_n", 1),
+        vector_param("alpha_p", ACTIVATION + "alpha_p", 1),
+        vector_param("alpha_n", ACTIVATION + "alpha_n", 1),
         *mlp_params(config),
     )
 

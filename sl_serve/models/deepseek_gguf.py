@@ -15,7 +15,8 @@ import torch
 from sl_serve.weights.fields import Fields
 from sl_serve.weights.gguf_dialect import Derived, GgufDialect, Split
 
-SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
+GATING = "deepseek2.expert_gating_func"
+SOFTMAX, SIGMOID = 1, 2
 # Older files do not say that experts are in groups: their number -> how many groups, and how many
 # of them a token's experts are of (config.json of DeepSeek-V2, -Coder-V2, -V3 and -R1).
 GROUPS = {160: (8, 3), 256: (8, 4)}
@@ -34,7 +35,7 @@ def deepseek_dialect(gating: int, derived: Derived = lambda _fields, _tensors: {
         },
         derived=derived,
         has_experts=True,
-        gating=gating,
+        belongs=lambda settings, _tensors: settings.get(GATING, SOFTMAX) == gating,
         read=_read,
         read_apart=(
             *("attention.kv_lora_rank", "attention.value_length", "rope.dimension_count"),

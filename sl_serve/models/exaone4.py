@@ -20,6 +20,7 @@ from sl_serve.models.parts import PartlyRotatedConfig
 from sl_serve.models.qwen3 import head_norm_params, new_tokens
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import WINDOWS, GgufDialect, listed_windows
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.hf_windows import layer_windows, sliding_window
 from sl_serve.weights.layout import LayerWeights, Param
@@ -32,6 +33,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect("exaone4", WINDOWS, derived=listed_windows)
 
 
 def model_config(fields: Fields, generation: Fields) -> PartlyRotatedConfig:

@@ -22,6 +22,7 @@ from sl_serve.models.parts import halves_apart, vector_param
 from sl_serve.models.phi3 import mlp_params
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -33,6 +34,8 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+GGUF = GgufDialect("chatglm", rotary_share="partial_rotary_factor")
 
 
 def model_config(fields: Fields, generation: Fields) -> ModelConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from sl_serve.models.parts import (
 )
 from sl_serve.ops import Ops, Scoring
 from sl_serve.weights.fields import Fields, shown
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.layout import LayerWeights, Param
 
@@ -31,6 +33,29 @@ TOP = "transformer."
 PREFIX = TOP + "blocks.{layer}."
 
 hidden_states, head_input = llama.hidden_states, final_layer_norm
+
+
+def _attention(fields: Mapping[str, Any], _tensors: Collection[str]) -> Mapping[str, Any]:
+    n_heads, bias = fields["num_attention_heads"], fields.get("alibi_bias_max")
+    shares_keys = fields.get("num_key_value_heads", n_heads) != n_heads
+    attention = {
+        "attn_type": "grouped_query_attention" if shares_keys else "multihead_attention",
+        "alibi": bool(bias),
+        "alibi_bias_max": bias,
+        "clip_qkv": fields.get("clip_qkv"),
+    }
+    return {"attn_config": attention}
+
+
+GGUF = GgufDialect(
+    "mpt",
+    {
+        "attention.clamp_kqv": "clip_qkv",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "attention.max_alibi_bias": "alibi_bias_max",
+    },
+    derived=_attention,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

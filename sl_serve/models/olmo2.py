@@ -3,7 +3,8 @@ and all keys of a token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -36,7 +37,13 @@ __all__ = [
     "static_tensors",
 ]
 
-GGUF = GgufDialect("olmo2")
+
+def has_window(settings: Mapping[str, Any], _tensors: Collection[str]) -> bool:
+    """Of a GGUF file: it is one of OLMo 3, which has the same architecture there."""
+    return "olmo2.attention.sliding_window" in settings
+
+
+GGUF = GgufDialect("olmo2", belongs=lambda settings, tensors: not has_window(settings, tensors))
 
 
 def model_config(fields: Fields, generation: Fields) -> ModelConfig:

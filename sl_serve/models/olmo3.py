@@ -3,7 +3,8 @@ way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,10 +12,11 @@ from sl_serve.config import RopeConfig
 from sl_serve.errors import ModelError
 from sl_serve.models import Block, RopeTable
 from sl_serve.models.llama import head_input, hidden_states, static_tensors
-from sl_serve.models.olmo2 import layer_params, new_tokens, second_half
+from sl_serve.models.olmo2 import has_window, layer_params, new_tokens, second_half
 from sl_serve.models.parts import WindowedConfig
 from sl_serve.ops import Ops
 from sl_serve.weights.fields import Fields, shown
+from sl_serve.weights.gguf_dialect import WINDOWS, GgufDialect, listed_windows
 from sl_serve.weights.hf_fields import decoder_fields, scaled_rope
 from sl_serve.weights.hf_windows import FULL, SLIDING, layer_windows, sliding_window
 from sl_serve.weights.layout import LayerWeights
@@ -28,8 +30,22 @@ __all__ = [
     "static_tensors",
 ]
 
-
 ROPES = (SLIDING, FULL)  # the order of config.ropes
+
+
+def _layers(fields: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
+    """The scaling is that of the layers that see all."""
+    local = fields.get("rope_local_base_freq", fields["rope_theta"])
+    kinds = {FULL: fields.get("rope_scaling") or {}, SLIDING: {"rope_theta": local}}
+    return {**listed_windows(fields, tensors), "rope_parameters": kinds}
+
+
+GGUF = GgufDialect(
+    "olmo2",
+    {**WINDOWS, "rope.freq_base_swa": "rope_local_base_freq"},
+    derived=_layers,
+    belongs=has_window,
+)
 
 
 def model_config(fields: Fields, generation: Fields) -> WindowedConfig:

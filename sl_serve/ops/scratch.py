@@ -28,6 +28,10 @@ class Scratch:
             buffer = self._buffers[name] = self._empty(n)
         return buffer[:n].view(n_lines, width)
 
+    @property
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self._buffers.values())
+
     def _empty(self, n: int) -> torch.Tensor:
         return torch.empty(n, dtype=self._dtype, device=self._device)
 

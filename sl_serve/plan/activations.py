@@ -9,7 +9,7 @@ own need no more.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,15 +41,15 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype, n_tokens: int) -> i
     layer = largest_layer(params, model.n_layers)
     present = [p for p in params if p.is_in(layer)]
     with torch.device("meta"), torch.inference_mode():
-        weights = _weights([p for p in present if not p.n_experts], dtype)
-        expert = _weights([p for p in present if p.n_experts], dtype)
+        weights = empty_weights([p for p in present if not p.n_experts], dtype)
+        expert = empty_weights([p for p in present if p.n_experts], dtype)
 
         def ask(routed: Routed) -> torch.Tensor:
             hidden, out = routed.hidden.clone(), torch.zeros_like(routed.hidden)
             given = family.expert(model, ops, expert, hidden.clone())
             return out.add_(given * routed.weights[:, :1].to(dtype))
 
-        alive = _PeakBytes()
+        alive = PeakBytes()
         with alive:
             x = torch.empty(n_tokens, model.hidden_size, dtype=dtype)
             ropes = [RopeTable(*torch.empty(2, n_tokens, n)) for n in model.rotated_pairs]
@@ -57,7 +57,7 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype, n_tokens: int) -> i
     return alive.peak_bytes
 
 
-def _weights(params: list[Param], dtype: torch.dtype) -> LayerWeights:
+def empty_weights(params: Iterable[Param], dtype: torch.dtype) -> LayerWeights:
     return {p.name: torch.empty(p.shape, dtype=dtype) for p in params}
 
 
@@ -65,14 +65,14 @@ def _attend(new: NewTokens) -> torch.Tensor:
     return torch.empty_like(new.q, memory_format=torch.contiguous_format).flatten(1)
 
 
-class _PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches every tensor that is made, until its memory would be given back."""
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches every tensor that is made, until its memory would be given back. `given`: those
+    that are there before, and do not count."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak_bytes = 0
-        self._alive_bytes = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.peak_bytes = self.alive_bytes = 0
+        self._known = weakref.WeakSet(x.untyped_storage() for x in given)
 
     def __torch_dispatch__(
         self,
@@ -93,8 +93,8 @@ class _PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known.add(storage)
         n_bytes = storage.nbytes()
         weakref.finalize(storage, self._forget, n_bytes)
-        self._alive_bytes += n_bytes
-        self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+        self.alive_bytes += n_bytes
+        self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
 
     def _forget(self, n_bytes: int) -> None:
-        self._alive_bytes -= n_bytes
+        self.alive_bytes -= n_bytes

@@ -10,6 +10,7 @@ from sl_serve.config import EngineConfig, ModelConfig
 from sl_serve.errors import MemoryBudgetError
 from sl_serve.kv.formats import KV_FORMATS, stored_format
 from sl_serve.kv.layout import KVOrder
+from sl_serve.plan.block_memory import BlockMemory, block_memory
 from sl_serve.plan.device_room import DeviceRoom, window_chunks, windows_bytes, windows_of
 from sl_serve.plan.kv_size import (
     MARGIN_SHARE,
@@ -47,7 +48,8 @@ def plan_memory(
     if device_available_bytes is not None:
         usable_bytes = int(device_available_bytes * (1 - MARGIN_SHARE))
         device = DeviceRoom(model, config, sizes, pools, usable_bytes)
-    fit = _Fit(model, config, sizes, pools, available_bytes, device, device_available_bytes)
+    block = block_memory(model, config)
+    fit = _Fit(model, config, sizes, pools, block, available_bytes, device, device_available_bytes)
     plan = None
     try:
         plan, kv_is_cut = _planned(fit, swaps_hidden=False)
@@ -140,6 +142,7 @@ class _Fit:
     config: EngineConfig
     sizes: WeightSizes
     pools: KVPools
+    block: BlockMemory
     available_bytes: int
     device: DeviceRoom | None  # where it has memory of its own
     device_available_bytes: int | None
@@ -181,7 +184,7 @@ class _Fit:
                 return False
             return tiers.kv_bytes >= useful_kv_bytes(self.config, self.pools, self.available_bytes)
 
-        parts = self.model, self.config, self.sizes, self.pools
+        parts = self.model, self.config, self.sizes, self.pools, self.block
         return step_memory(*parts, room, fits, holds_rows, swaps_hidden)
 
     def host_budget(self, step: StepMemory, n_device_layers: int) -> Budget:

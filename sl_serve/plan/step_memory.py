@@ -9,6 +9,7 @@ from sl_serve.config import LOGITS_BLOCK_LINES, EngineConfig, ModelConfig
 from sl_serve.hidden import n_hidden_buffers
 from sl_serve.kv.layout import EXPANSION_BYTES, HOST_STAGING_BUFFERS, n_windows
 from sl_serve.ops.torch_ops import EXPANDED_ELEMENTS
+from sl_serve.plan.block_memory import BlockMemory
 from sl_serve.plan.memory import WeightSizes, sub_batch_tokens
 from sl_serve.plan.pools import KVPools
 from sl_serve.weights.formats import WIDENING_BYTES
@@ -55,6 +56,7 @@ def step_memory(
     config: EngineConfig,
     sizes: WeightSizes,
     pools: KVPools,
+    block: BlockMemory,
     room_bytes: int,
     fits: Callable[[StepMemory], bool],
     holds_rows: Callable[[StepMemory], bool],
@@ -67,7 +69,7 @@ def step_memory(
     """
 
     def with_prefill(tokens: int) -> StepMemory:
-        return _with_prefill(model, config, sizes, pools, tokens, swaps_hidden)
+        return _with_prefill(model, config, sizes, pools, block, tokens, swaps_hidden)
 
     asked = config.scheduler.prefill_chunk_tokens
     if asked:
@@ -91,6 +93,7 @@ def _with_prefill(
     config: EngineConfig,
     sizes: WeightSizes,
     pools: KVPools,
+    block: BlockMemory,
     prefill: int,
     swaps_hidden: bool,
 ) -> StepMemory:
@@ -109,15 +112,17 @@ def _with_prefill(
     swaps_hidden = swaps_hidden and buffers < tokens * line_bytes
     states = 0 if swaps_hidden else tokens * line_bytes
     rope = tokens * 2 * sum(model.rotated_pairs) * ROPE_ITEMSIZE
-    intermediates = of_sub_batch * _intermediates_per_token(model, in_place) * itemsize
+    waits = bool(model.n_experts) or config.host_attends
+    waiting = block.waiting.at(tokens - of_sub_batch) if waits else 0
     n_slots = n_layer_slots(scheduler.look_ahead, config.host_attends)
     n_in_use = n_layers_in_use(scheduler.look_ahead, config.host_attends)
     return StepMemory(
         prefill_tokens=prefill,
         workspace_bytes=states
         + rope
-        + intermediates
-        + tokens * _expert_numbers_per_token(model) * itemsize
+        + block.computed.at(of_sub_batch)
+        + waiting
+        + (_expert_bytes(model, block, tokens, itemsize) if model.n_experts else 0)
         + _logits_bytes(model, scheduler.max_rows, itemsize),
         hidden_device_bytes=buffers if swaps_hidden else 0,
         hidden_host_bytes=tokens * line_bytes if swaps_hidden else 0,
@@ -167,20 +172,10 @@ def logits_lines(max_rows: int) -> int:
     return max(MIN_LOGITS_LINES, min(LOGITS_BLOCK_LINES, max_rows))
 
 
-def _intermediates_per_token(model: ModelConfig, in_place: bool) -> int:
-    """Numbers that a layer makes of a token beside its hidden state: what products and attention
-    gave lies in buffers that are kept, one each (ops/scratch.py); the norm's and the activation's
-    come and go on a device, twice the activation's width at once."""
-    products = model.q_size + 2 * model.kv_size + model.q_size
-    return model.hidden_size + products + (3 if in_place else 4) * model.intermediate_size
-
-
-def _expert_numbers_per_token(model: ModelConfig) -> int:
+def _expert_bytes(model: ModelConfig, block: BlockMemory, tokens: int, itemsize: int) -> int:
     """Of all tokens of a step, which may all ask one expert: what experts are given, of each
     sub-batch and together, gathered for one, made by it, weighed and added up."""
-    if not model.n_experts:
-        return 0
-    return 6 * model.hidden_size + 4 * model.expert_size
+    return block.expert.at(tokens) + 5 * tokens * model.hidden_size * itemsize
 
 
 def _logits_bytes(model: ModelConfig, max_rows: int, itemsize: int) -> int:

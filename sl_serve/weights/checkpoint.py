@@ -15,6 +15,7 @@ from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import Format
 from sl_serve.weights.gguf_file import GgufCheckpoint
 from sl_serve.weights.gguf_joined import with_splits_joined
+from sl_serve.weights.gguf_numbers import with_numbers
 from sl_serve.weights.hf_folder import HfFolder
 from sl_serve.weights.published import open_published
 from sl_serve.weights.stacked import with_experts_apart
@@ -78,7 +79,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ModelError(f"no such model: {path}")
     if path.suffix != ".gguf":
         raise ModelError(f"{path}: a model is a folder with config.json or a .gguf file")
-    return with_splits_joined(GgufCheckpoint(path))
+    file = GgufCheckpoint(path)
+    return with_numbers(with_splits_joined(file), file.numbers)
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

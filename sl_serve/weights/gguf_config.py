@@ -11,7 +11,7 @@ import numpy as np
 
 from sl_serve.errors import ModelError
 from sl_serve.models import load_family, supported_families
-from sl_serve.weights.fields import Fields
+from sl_serve.weights.fields import Fields, shown
 from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.gguf_header import GgufTensor
 from sl_serve.weights.gguf_names import predicting_layers
@@ -41,26 +41,25 @@ _READ_APART = ROPE_SETTINGS | {
     "vocab_size",  # the embeddings have one
 }
 _MAX_EXPERTS = 1024  # of a layer; twice as many as any model has
-_SOFTMAX = 1  # expert_gating_func
 
 
 def find_dialect(
-    architecture: str, settings: Mapping[str, Any], path: Path
+    architecture: str, settings: Mapping[str, Any], tensors: Collection[str], path: Path
 ) -> tuple[str, GgufDialect]:
     """The family and its statement. Raises ModelError, naming the architectures there are."""
     fields = Fields(settings, str(path), prefix=f"{architecture}.")
     has_experts = fields.integer("expert_count", 0, low=0, high=_MAX_EXPERTS) > 0
-    gating = fields.integer("expert_gating_func", _SOFTMAX, low=0)
     wanted = (architecture, has_experts)
     dialects = {name: getattr(load_family(name), "GGUF", None) for name in supported_families()}
     for family, dialect in dialects.items():
         if dialect is None or (dialect.architecture, dialect.has_experts) != wanted:
             continue
-        if dialect.gating in (None, gating):
+        if dialect.belongs(settings, tensors):
             return family, dialect
     known = ", ".join(sorted({d.architecture for d in dialects.values() if d is not None}))
     what = f"architecture {architecture[:80]!r}{' with experts' if has_experts else ''}"
-    what += "" if gating == _SOFTMAX else f" and expert_gating_func {gating}"
+    gating = fields.get("expert_gating_func")
+    what += "" if gating is None else f" and expert_gating_func {shown(gating)}"
     raise ModelError(f"{path}: GGUF files of {what} are not supported; supported: {known}")
 
 

@@ -11,9 +11,11 @@ import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.weights.fields import Fields as Settings
+from sl_serve.weights.hf_windows import FULL, SLIDING
 
 Fields = Mapping[str, Any]  # as in config.json
 Derived = Callable[[Fields, Collection[str]], Fields]  # of fields and of the names of tensors
+Belongs = Callable[[Mapping[str, Any], Collection[str]], bool]  # of settings and names of tensors
 # Where the rows of a tensor are in the file, in Hugging Face's order.
 RowOrder = Callable[[ModelConfig], np.ndarray[Any, Any]]
 Read = Callable[[Settings, Fields], Fields]  # of the file's settings and of the fields so far
@@ -35,6 +37,10 @@ class Split:
     join: Callable[..., torch.Tensor]  # of these tensors, in float32: (out, in)
 
 
+def _always(_settings: Mapping[str, Any], _tensors: Collection[str]) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class GgufDialect:
     """Names of tensors are no part of it: the gguf package has them."""
@@ -47,12 +53,31 @@ class GgufDialect:
     derived: Derived = _nothing  # what llama.cpp has in its code and not in the file
     rows: Mapping[str, RowOrder] = field(default_factory=dict)  # module, by the end of its name
     has_experts: bool = False
-    # expert_gating_func (1 where a file lacks it), of families that share an architecture.
-    gating: int | None = None
     norm_offset: float = 0.0  # what the file's norms have more than Hugging Face's
     read: Read = _read_nothing  # what several settings say together, or in another way than most
     read_apart: Collection[str] = ()  # the settings that it reads
     splits: Mapping[str, Split] = field(default_factory=dict)  # module, by the end of its name
+    # Whether a file of this architecture is one of this family, where several share it.
+    belongs: Belongs = _always
+    # Tensor of a layer that is one number -> the setting that lists those of all layers.
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    # Such lists that the family has a constant for.
+    constants: Mapping[str, float] = field(default_factory=dict)
+
+
+WINDOWS: Mapping[str, str] = {"attention.sliding_window_pattern": "sliding_window_pattern"}
+
+
+def listed_windows(fields: Fields, _tensors: Collection[str]) -> Fields:
+    """Where files say of each layer whether it sees only the last tokens (`WINDOWS` among the
+    settings). Without a window in the file there is none."""
+    found: dict[str, Any] = {"sliding_window": fields.get("sliding_window")}
+    slides = fields.get("sliding_window_pattern")
+    if isinstance(slides, list):
+        found["layer_types"] = [SLIDING if s else FULL for s in slides]
+    elif slides is not None:  # refused by whoever reads it
+        found["layer_types"] = slides
+    return found
 
 
 def _rotated_pairs(n_heads: int, head_dim: int) -> np.ndarray[Any, Any]:

@@ -21,6 +21,7 @@ from sl_serve.weights.formats import BLOCK_FORMATS, Format, plain
 from sl_serve.weights.gguf_config import config_fields, find_dialect
 from sl_serve.weights.gguf_header import GgufTensor
 from sl_serve.weights.gguf_names import Place, stored_names
+from sl_serve.weights.gguf_numbers import layer_numbers
 from sl_serve.weights.gguf_parts import Array, GgufPart, open_parts
 from sl_serve.weights.gguf_rope import ROPE_TENSORS
 from sl_serve.weights.gguf_tokenizer import load_gguf_tokenizer
@@ -34,7 +35,7 @@ _PLAIN = {
 
 class GgufCheckpoint:
     """Checkpoint over files that stay mapped until `close`. `fields`: what config.json would say
-    of it."""
+    of it; `numbers`: tensors that are among its settings."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,7 +48,7 @@ class GgufCheckpoint:
         self._settings = self._parts[0].settings
         general = Fields(self._settings, str(path))
         architecture = general.text("general.architecture")
-        family, self._dialect = find_dialect(architecture, self._settings, path)
+        family, self._dialect = find_dialect(architecture, self._settings, tensors.keys(), path)
         self.fields = config_fields(family, self._dialect, self._settings, tensors, factors, path)
         no_more = Fields({}, str(path))  # a generation_config.json has no counterpart
         self.config = load_family(family).model_config(Fields(self.fields, str(path)), no_more)
@@ -57,6 +58,7 @@ class GgufCheckpoint:
             name: (stored[place.name], self._at(tensors[place.name], place))
             for name, place in places.items()
         }
+        self.numbers = layer_numbers(self._dialect, self._settings, self.config.n_layers, path)
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()
@@ -97,6 +99,13 @@ class GgufCheckpoint:
     def _at(self, tensor: GgufTensor, place: Place) -> GgufTensor:
         if place.is_row and len(tensor.shape) == 1:  # files need not have sizes of one
             return replace(tensor, shape=(1, *tensor.shape))
+        if place.rows is not None:
+            n_rows = self.config.q_size + 2 * self.config.kv_size
+            if tensor.shape[0] != n_rows:
+                raise CheckpointError(
+                    f"{self.path}: tensor {place.name} has {tensor.shape[0]} rows, not {n_rows}"
+                )
+            return tensor.rows(*place.rows)
         if place.expert is None:
             return tensor
         if len(tensor.shape) != 3 or tensor.shape[0] != self.config.n_experts:

@@ -51,9 +51,14 @@ class GgufTensor:
 
     def slice(self, i: int) -> GgufTensor:
         """One of those that are stacked in it."""
+        one = self.rows(i, i + 1)
+        return GgufTensor(self.kind, self.shape[1:], one.start, one.stop)
+
+    def rows(self, first: int, end: int) -> GgufTensor:
+        """Those from `first` up to `end`."""
         n_bytes = (self.stop - self.start) // self.shape[0]
-        start = self.start + i * n_bytes
-        return GgufTensor(self.kind, self.shape[1:], start, start + n_bytes)
+        start, stop = self.start + first * n_bytes, self.start + end * n_bytes
+        return GgufTensor(self.kind, (end - first, *self.shape[1:]), start, stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,13 @@ from sl_serve.weights.layout import source_name
 
 _FIRST_LAYER = "blk.0."
 _PREDICTING = re.compile(r"blk\.(\d{1,5})\.nextn\.")
+_QUERY_KEY_VALUE = re.compile(r"\.attn_([qkv])\.")
 
 
 class Place(NamedTuple):
     name: str
-    expert: int | None  # whose tensor it is, of all experts' stacked in one; None: all of it
+    expert: int | None = None  # whose tensor it is, of all experts' stacked in one; None: all of it
+    rows: tuple[int, int] | None = None  # the first and the end of those it is; None: all
     is_row: bool = False  # a matrix of one row, which a file may have as a vector
 
 
@@ -38,8 +40,10 @@ def stored_names(
         experts = range(config.n_experts) if "{expert}" in template else (None,)
         for layer in range(config.n_layers if "{layer}" in template else 1):
             name = there.replace(_FIRST_LAYER, f"blk.{layer}.", 1)
-            if name in stored:
-                found |= {source_name(template, layer, e): Place(name, e, is_row) for e in experts}
+            for expert in experts:
+                place = _place(config, name, expert, stored)
+                if place is not None:
+                    found[source_name(template, layer, expert)] = place._replace(is_row=is_row)
     used = {place.name for place in found.values()}
     beyond = tuple(f"blk.{layer}." for layer in predicting_layers(stored))
     for name in sorted(set(stored) - used - ROPE_TENSORS):
@@ -55,6 +59,23 @@ def predicting_layers(stored: Collection[str]) -> frozenset[int]:
     """Those behind the model's own that predict tokens further on, which only speculation needs."""
     matches = (_PREDICTING.match(name) for name in stored)
     return frozenset(int(match[1]) for match in matches if match)
+
+
+def _place(
+    config: ModelConfig, name: str, expert: int | None, stored: Collection[str]
+) -> Place | None:
+    if name in stored:
+        return Place(name, expert)
+    alone = name.replace("_exps.", f".{expert}.")  # in the first files with experts
+    if alone in stored:
+        return Place(alone)
+    match = _QUERY_KEY_VALUE.search(name)
+    if match is None:
+        return None
+    joined = name.replace(match[0], ".attn_qkv.")
+    n_q, n_kv = config.q_size, config.kv_size
+    first, n = {"q": (0, n_q), "k": (n_q, n_kv), "v": (n_q + n_kv, n_kv)}[match[1]]
+    return Place(joined, rows=(first, first + n)) if joined in stored else None
 
 
 def _templates(config: ModelConfig, dialect: GgufDialect) -> Iterator[tuple[str, bool]]:

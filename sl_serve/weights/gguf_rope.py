@@ -25,6 +25,8 @@ ROPE_SETTINGS = frozenset(
         "rope.scaling.original_context_length",
         "rope.scaling.yarn_beta_fast",
         "rope.scaling.yarn_beta_slow",
+        "rope.scaling.yarn_attn_factor",
+        "rope.scaling.yarn_ext_factor",
         "rope.scaling.finetuned",  # says how the model came to be
     }
 )
@@ -57,6 +59,7 @@ def rope_fields(fields: Fields, head_dim: int, n_dims: int, factors: Factors) ->
 
 
 def _yarn(fields: Fields) -> dict[str, Any]:
+    fields.only("rope.scaling.yarn_ext_factor", 1.0)
     scaling = {
         "rope_type": "yarn",
         "factor": fields.number("rope.scaling.factor"),
@@ -65,6 +68,8 @@ def _yarn(fields: Fields) -> dict[str, Any]:
     for key in ("beta_fast", "beta_slow"):
         if f"rope.scaling.yarn_{key}" in fields:
             scaling[key] = fields.number(f"rope.scaling.yarn_{key}")
+    if "rope.scaling.yarn_attn_factor" in fields:
+        scaling["attention_factor"] = fields.number("rope.scaling.yarn_attn_factor")
     return scaling
 
 

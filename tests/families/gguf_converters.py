@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import gguf
@@ -15,6 +16,7 @@ from tests.families.gguf_writer import (
     by_kind,
     for_rotated_neighbours,
     with_one_more,
+    write_rope,
 )
 
 Arch = gguf.MODEL_ARCH
@@ -168,6 +170,38 @@ def falcon(writer: Writer, config: PretrainedConfig) -> None:
     writer.add_head_count_kv(1 if multi_query else config.num_kv_heads)
 
 
+def windows(writer: Writer, config: PretrainedConfig) -> None:
+    if config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([t == "sliding_attention" for t in config.layer_types])
+
+
+def olmo3(writer: Writer, config: PretrainedConfig) -> None:
+    windows(writer, config)
+    ropes = config.rope_parameters
+    write_rope(writer, config, ropes["full_attention"])
+    writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+
+
+def mpt(writer: Writer, config: PretrainedConfig) -> None:
+    writer.add_feed_forward_length(4 * config.d_model)
+    writer.add_head_count_kv(config.n_heads)  # not written, and the same as if it were
+    writer.add_max_alibi_bias(config.attn_config.alibi_bias_max)
+    if config.attn_config.clip_qkv is not None:
+        writer.add_clamp_kqv(config.attn_config.clip_qkv)
+
+
+def expert_by_itself(name: str) -> str | None:
+    """As before experts were stacked."""
+    pattern = r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight"
+    match = re.fullmatch(pattern, name)
+    if match is None:
+        return None
+    layer, expert, matrix = match.groups()
+    kind = {"w1": "gate", "w2": "down", "w3": "up"}[matrix]
+    return f"blk.{layer}.ffn_{kind}.{expert}.weight"
+
+
 CONVERTERS: Mapping[str, Converter] = {
     "llama": Converter(Arch.LLAMA, change=for_rotated_neighbours),
     "mistral": Converter(Arch.LLAMA, change=for_rotated_neighbours),
@@ -183,7 +217,15 @@ CONVERTERS: Mapping[str, Converter] = {
     "granite": Converter(Arch.GRANITE, granite, for_rotated_neighbours),
     "olmo": Converter(Arch.OLMO, olmo, for_rotated_neighbours),
     "arcee": Converter(Arch.ARCEE, change=for_rotated_neighbours),
+    "glm": Converter(Arch.CHATGLM),
     "glm4": Converter(Arch.GLM4),
+    "olmo3": Converter(Arch.OLMO2, olmo3),
+    "exaone4": Converter(Arch.EXAONE4, windows),
+    "mpt": Converter(Arch.MPT, mpt),
+    "apertus": Converter(
+        Arch.APERTUS,
+        numbers={name: f"xielu.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")},
+    ),
     "nemotron": Converter(Arch.NEMOTRON, nemotron, with_one_more),
     "seed_oss": Converter(Arch.SEED_OSS),
     "stablelm": Converter(Arch.STABLELM, stablelm),

@@ -4,8 +4,9 @@ are the gguf package's, rows and numbers are changed element by element."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -36,6 +37,10 @@ class Converter:
     arch: gguf.MODEL_ARCH
     settings: Callable[[Writer, PretrainedConfig], None] = no_more
     change: Callable[[str, np.ndarray, PretrainedConfig], np.ndarray] = unchanged
+    # The end of a tensor's name -> the setting that lists those of all layers.
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    # A tensor's name where the package has none any more.
+    old_name: Callable[[str], str | None] = lambda _name: None
 
 
 def for_rotated_neighbours(name: str, array: np.ndarray, config: PretrainedConfig) -> np.ndarray:
@@ -81,17 +86,24 @@ def write_gguf(
     how.settings(writer, model.config)
     write_tokenizer(writer, model.config.vocab_size)
     names = gguf.get_tensor_name_map(how.arch, model.config.num_hidden_layers)
+    numbers: dict[str, list[float]] = {}
     for name, tensor in (tensors or model.state_dict()).items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
+        if (setting := how.numbers.get(name.rpartition(".")[2])) is not None:
+            numbers.setdefault(setting, []).append(tensor.item())
+            continue
         there = name.replace("correction_bias", "correction.bias")
-        stored = names.get_name(there.removeprefix("transformer."), (".weight", ".bias"))
+        stored = how.old_name(name)
+        stored = stored or names.get_name(there.removeprefix("transformer."), (".weight", ".bias"))
         stored = stored or names.get_name(there, (".weight", ".bias"))
         assert stored is not None, name
         array = how.change(name, tensor.float().numpy(), model.config)
         divides = array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         used = kind if array.ndim > 1 and divides else Kind.F32
         writer.add_tensor(stored, gguf.quantize(array, used), raw_dtype=used)
+    for setting, of_layers in numbers.items():
+        writer.add_array(setting, of_layers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -107,6 +119,19 @@ def with_stacked_experts(folder: Path) -> dict[str, torch.Tensor]:
         number, rest = after.split(".", 1)
         stacks.setdefault(f"{before}.experts.{rest}", {})[int(number)] = found.pop(name)
     return found | {n: torch.stack([s[i] for i in range(len(s))]) for n, s in stacks.items()}
+
+
+def with_joined_projections(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Queries, keys and values of a layer in one matrix, as the first files of GLM have them."""
+    kinds = ("q_proj", "k_proj", "v_proj")
+    joined = {}
+    for name, tensor in found.items():
+        if kinds[0] in name:
+            parts = [found[name.replace(kinds[0], kind)] for kind in kinds]
+            joined[name.replace(kinds[0], "qkv_proj")] = torch.cat(parts)
+        elif not any(kind in name for kind in kinds):
+            joined[name] = tensor
+    return joined
 
 
 def write_common_settings(writer: Writer, config: PretrainedConfig) -> None:
@@ -128,7 +153,7 @@ def write_common_settings(writer: Writer, config: PretrainedConfig) -> None:
             writer.add_layer_norm_eps(getattr(config, name))
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" in rope:
-        write_rope(writer, config)
+        write_rope(writer, config, rope)
 
 
 def inner_size(config: PretrainedConfig) -> int:
@@ -139,8 +164,8 @@ def inner_size(config: PretrainedConfig) -> int:
     return config.intermediate_size
 
 
-def write_rope(writer: Writer, config: PretrainedConfig) -> None:
-    rope = config.rope_parameters
+def write_rope(writer: Writer, config: PretrainedConfig, rope: Mapping[str, Any]) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -149,8 +174,21 @@ def write_rope(writer: Writer, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if rope.get("attention_factor") is not None:
+            writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_factors(rope, head_dim))
     writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1) * head_dim))
+
+
+def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
+    """What each frequency is divided by: nothing short of `high_freq_factor` turns in the original
+    context, `factor` beyond `low_freq_factor`, between them a blend."""
+    frequencies = rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
 
 
 def write_tokenizer(writer: Writer, vocab_size: int) -> None:

@@ -57,14 +57,13 @@ from sl_serve.device import SimDevice
 from sl_serve.errors import ModelError, UserError
 from sl_serve.llm import LLM, UNBOUNDED_QUEUE
 from sl_serve.models.generic import tap
-from sl_serve.plan.activations import activation_bytes
-from sl_serve.plan.step_memory import _intermediates_per_token
 from sl_serve.quantising.run import quantise_model
 from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.dummy import open_dummy
 from tests.engine.running import random_prompts
 from tests.families.harness import FamilyTests, Tiny, check, news_of
 from tests.families.test_llama import TINY as LLAMA
+from tests.plan.made_by_blocks import check_planned
 
 WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
 LATENT = {  # keys of 24 elements, values of 16
@@ -257,8 +256,7 @@ def test_settings_come_from_transformers(tmp_path: Path) -> None:
 def test_the_planner_leaves_room_for_what_a_module_makes(model_type: str, tmp_path: Path) -> None:
     MODELS[model_type].write(tmp_path)
     config = open_checkpoint(tmp_path).config
-    planned = config.hidden_size + _intermediates_per_token(config, True)
-    assert activation_bytes(config, torch.float32, 512) <= 4 * 512 * planned
+    check_planned(config, EngineConfig(), 300)
 
 
 def test_random_weights_of_settings_alone(tmp_path: Path) -> None:

@@ -10,19 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.models import load_family, supported_families
 from sl_serve.weights.checkpoint import open_checkpoint
+from sl_serve.weights.gguf_dialect import GgufDialect
 from tests.engine.running import random_prompts
 from tests.families.experts import joined_expert
-from tests.families.gguf_converters import CONVERTERS, with_kv_b_apart
-from tests.families.gguf_writer import Kind, with_stacked_experts, write_gguf
-from tests.families.harness import Tiny, check, news_of
+from tests.families.gguf_converters import CONVERTERS, expert_by_itself, with_kv_b_apart
+from tests.families.gguf_writer import (
+    Kind,
+    Writer,
+    with_joined_projections,
+    with_stacked_experts,
+    write_gguf,
+)
+from tests.families.harness import COMMON, Tiny, check, news_of
 
 # Variants beside the plain one; others have no counterpart in the format, or change nothing there.
 VARIANTS = {
+    "apertus": ["plain-rope", "biases", "tied"],
     "arcee": ["biases", "tied", "yarn-rope"],
     "cohere": ["many-key-heads", "head-norms", "large-logits", "biases"],
     "cohere2": ["large-logits"],
@@ -32,10 +41,12 @@ VARIANTS = {
         *("whole-queries", "even-yarn-rope", "one-group", "two-shared", "as-they-are"),
         "no-dense",
     ],
+    "exaone4": ["listed", "no-window", "tied"],
     "falcon": ["grouped", "grouped-one-norm", "grouped-biases", "many-key-heads", "narrow-mlp"],
     "gemma": ["one-key-head", "other-heads", "odd-scale"],
     "gemma2": [],
     "gemma3_text": ["scaled-rope", "soft-cap"],
+    "glm": ["whole-heads-turn", "no-biases", "tied"],
     "glm4": ["whole-heads-turn", "no-biases", "tied"],
     "gpt2": ["narrow-mlp"],
     "gpt_bigcode": [],
@@ -47,9 +58,11 @@ VARIANTS = {
     ],
     "mistral": [],
     "mixtral": ["one-expert", "all-experts", "tied", "other-heads"],
+    "mpt": ["six-heads", "clipped", "own-head"],
     "nemotron": ["biases", "whole-heads-turn", "tied"],
     "olmo": ["clipped", "many-key-heads", "tied"],
     "olmo2": ["many-key-heads", "tied", "biases"],
+    "olmo3": ["yarn-rope", "given-amplitude", "two-ropes", "tied", "biases"],
     "phi": ["quarter-rotated"],
     "phi3": [
         *("window", "part-of-a-head-turns", "long-rope", "long-rope-of-a-part", "tied"),
@@ -124,10 +137,17 @@ def test_logits_are_those_of_the_folder(family: str, variant: str, tmp_path: Pat
 def test_settings_are_those_of_the_folder(family: str, variant: str, tmp_path: Path) -> None:
     write(tmp_path, family, variant)
     ours, folder = (open_checkpoint(tmp_path / name) for name in ("model.gguf", "hf"))
-    for name in folder.names():
+    for name in set(folder.names()) - constants(family):
         torch.testing.assert_close(ours.read(name), folder.read(name).float(), rtol=0, atol=1e-6)
     ours.close()
     folder.close()
+
+
+def constants(family: str) -> set[str]:
+    """Tensors that the family's arithmetic has the numbers of."""
+    layers = range(COMMON["num_hidden_layers"])
+    ends = {"apertus": ("beta", "eps")}.get(family, ())
+    return {f"model.layers.{i}.mlp.act_fn.{end}" for i in layers for end in ends}
 
 
 @pytest.mark.parametrize("family", sorted({f for f, _ in CASES} & READ_BY_TRANSFORMERS))
@@ -164,7 +184,11 @@ def test_every_statement_is_tested() -> None:
     stated = {f for f in supported_families() if hasattr(load_family(f), "GGUF")}
     assert stated == {family for family, _ in CASES} - {"mistral"}  # written as a Llama
     dialects = [load_family(family).GGUF for family in stated]  # type: ignore[attr-defined]
-    assert len({(d.architecture, d.has_experts, d.gating) for d in dialects}) == len(dialects)
+    told_apart_by_name = [d for d in dialects if d.belongs is GgufDialect("any").belongs]
+    others = [d for d in dialects if d not in told_apart_by_name]
+    names = [(d.architecture, d.has_experts) for d in told_apart_by_name]
+    assert len({*names}) == len(names)
+    assert not {(d.architecture, d.has_experts) for d in others} & {*names}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +228,86 @@ def test_quantised_types(family: str, kind: Kind, tmp_path: Path) -> None:
     checkpoint.close()
     prompts = random_prompts(3)
     check(reference, prompts, news_of(path, prompts), 1e-3)
+
+
+@pytest.mark.parametrize("variant", ["", "no-biases", "whole-heads-turn"])
+def test_queries_keys_and_values_in_one_matrix(variant: str, tmp_path: Path) -> None:
+    """As the first files of GLM have them."""
+    reference = tiny_of("glm").write(tmp_path / "hf", variant)
+    tensors = with_joined_projections(reference.state_dict())
+    assert not any("q_proj" in name for name in tensors)
+    write_gguf(tmp_path / "model.gguf", reference, CONVERTERS["glm"], tensors=tensors)
+    check_logits(tmp_path / "model.gguf", reference)
+
+
+def test_joined_projections_of_another_size_are_refused(tmp_path: Path) -> None:
+    reference = tiny_of("glm").write(tmp_path / "hf")
+    tensors = with_joined_projections(reference.state_dict())
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    tensors[name] = tensors[name][:-24]
+    write_gguf(tmp_path / "model.gguf", reference, CONVERTERS["glm"], tensors=tensors)
+    with pytest.raises(CheckpointError, match=r"attn_qkv\.weight has 168 rows, not 192"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
+def test_experts_by_themselves(kind: Kind, tmp_path: Path) -> None:
+    """As the first files of Mixtral have them: the same tensors as in one that stacks them."""
+    reference = write(tmp_path, "mixtral", kind=kind)
+    how = replace(CONVERTERS["mixtral"], old_name=expert_by_itself)
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    write_gguf(tmp_path / "old.gguf", reference, how, kind, tensors=tensors)
+    old, new = (open_checkpoint(tmp_path / name) for name in ("old.gguf", "model.gguf"))
+    assert set(old.names()) == set(new.names())
+    for name in new.names():
+        assert old.format(name) == new.format(name)
+        assert torch.equal(old.read(name), new.read(name))
+    old.close()
+    new.close()
+    if kind == Kind.F32:
+        check_logits(tmp_path / "old.gguf", reference)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error", "named"),
+    [
+        ({"xielu.alpha_p": [1.0, 2.0]}, CheckpointError, "xielu.alpha_p must be 3 numbers"),
+        ({"xielu.alpha_n": 1.0}, CheckpointError, "xielu.alpha_n must be 3 numbers, not 1.0"),
+        ({"xielu.beta": [0.5, 0.5, 0.25]}, ModelError, "xielu.beta .* is not supported"),
+        ({"xielu.eps": "small"}, ModelError, "xielu.eps 'small' is not supported"),
+    ],
+)
+def test_numbers_among_the_settings_are_checked(
+    numbers: dict[str, Any], error: type[Exception], named: str, tmp_path: Path
+) -> None:
+    def change(writer: Writer, _config: PretrainedConfig) -> None:
+        for key, value in numbers.items():
+            add = {list: writer.add_array, float: writer.add_float32, str: writer.add_string}
+            add[type(value)](key, value)
+
+    reference = tiny_of("apertus").write(tmp_path / "hf")
+    how = CONVERTERS["apertus"]
+    kept = {end: key for end, key in how.numbers.items() if key not in numbers}
+    gone = {end for end, key in how.numbers.items() if key in numbers}
+    state = reference.state_dict().items()
+    tensors = {name: t for name, t in state if name.rpartition(".")[2] not in gone}
+    path = tmp_path / "model.gguf"
+    write_gguf(path, reference, replace(how, settings=change, numbers=kept), tensors=tensors)
+    with pytest.raises(error, match=named):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("bias", [0.0, 4.0])
+def test_mpt_with_other_positions_is_refused(bias: float, tmp_path: Path) -> None:
+    def change(writer: Writer, config: PretrainedConfig) -> None:
+        CONVERTERS["mpt"].settings(writer, config)
+        writer.add_max_alibi_bias(bias)
+
+    reference = tiny_of("mpt").write(tmp_path / "hf")
+    path = tmp_path / "model.gguf"
+    write_gguf(path, reference, replace(CONVERTERS["mpt"], settings=change))
+    with pytest.raises(ModelError, match=r"alibi(_bias_max)? .* is not supported"):
+        open_checkpoint(path)
 
 
 PART = "model-{:05}-of-{:05}.gguf"

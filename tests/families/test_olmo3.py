@@ -13,6 +13,7 @@ TINY = Tiny(
     {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]},
     {
         "yarn-rope": {"rope_scaling": YARN},
+        "given-amplitude": {"rope_scaling": YARN | {"attention_factor": 1.5}},
         "two-ropes": {
             "rope_parameters": {
                 FULL: YARN | {"rope_theta": 2000.0},

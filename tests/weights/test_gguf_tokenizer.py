@@ -10,7 +10,14 @@ import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    CohereTokenizer,
+    GPT2Tokenizer,
+    GPTNeoXTokenizer,
+    Qwen2Tokenizer,
+    Qwen3_5Tokenizer,
+)
 
 from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError, ModelError
@@ -26,10 +33,6 @@ CASED = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*SUFFIX"
 )
 CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-DEEPSEEK_LETTERS = (
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚ"
-    "\u1e00-\u1f15\u1f18-\u1f1d\u2126\uff21-\uff3a\uff41-\uff5a\U0001e900-\U0001e943"
-)
 DEEPSEEK_WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -107,8 +110,8 @@ IN_TURN = {
     ],
     "deepseek-llm": [
         r"[\r\n]",
-        rf"\s?[{DEEPSEEK_LETTERS}]+",
-        r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",  # noqa: RUF001
+        r"\s?[\p{Lu}\p{Ll}\p{Lt}--[\uA790-\uA7FF\u0560-\u0588]]+",
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
         r"\s+$",
         "[一-龥\u0800-一가-\ud7ff]+",
         r"\p{N}",
@@ -119,6 +122,8 @@ IN_TURN = {
     "command-r": [r"\p{N}", GPT2_SPLIT],
     "olmo": [GPT2_SPLIT],
     "phi-2": [GPT2_SPLIT],
+    "exaone4": [GPT2_SPLIT],
+    "chatglm-bpe": [LLAMA3_SPLIT],
     "bloom": [" ?[^\\s|.,!?…。\uff0c、।\u06d4،()]+"],
 }
 
@@ -126,7 +131,7 @@ IN_TURN = {
 def cut_in_turn(text: str, expressions: list[str]) -> list[str]:
     parts = [text]
     for expression in expressions:
-        cuts = [regex.split(f"({expression})", part) for part in parts]
+        cuts = [regex.split(f"({expression})", part, flags=regex.V1) for part in parts]
         parts = [piece for cut in cuts for piece in cut if piece]
     return parts
 
@@ -160,6 +165,32 @@ def test_deepseek_joins_letters_that_have_case() -> None:
             assert (first == " ") == joins, hex(c)
 
 
+# Those that transformers has classes for.
+CLASSES = {
+    "gpt-2": GPT2Tokenizer,
+    "olmo": GPTNeoXTokenizer,
+    "command-r": CohereTokenizer,
+    "qwen2": Qwen2Tokenizer,
+    "qwen35": Qwen3_5Tokenizer,
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("text", [*TEXTS, "e\u0301a नमस्ते-x 7890 _y $z\n"])
+def test_pre_tokenizers_cut_like_transformers_classes(name: str, text: str) -> None:
+    values = byte_level_settings(name)
+    vocab = {token: i for i, token in enumerate(values["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split()) for merge in values["tokenizer.ggml.merges"]]
+    theirs = CLASSES[name](vocab=vocab, merges=merges).backend_tokenizer
+    ours = load(values)._backend
+    for backend in (theirs, ours):
+        if backend.normalizer is not None:
+            assert backend.normalizer.normalize_str("e\u0301") == "é"
+    assert (ours.normalizer is None) == (theirs.normalizer is None)
+    found, expected = (b.pre_tokenizer.pre_tokenize_str(text) for b in (ours, theirs))
+    assert found == expected
+
+
 def test_words_that_are_tokens_and_added_begins_by_name() -> None:
     for name in IN_TURN:
         tokenizer = load(byte_level_settings(name, merges=["h e", "l l"]))
@@ -177,7 +208,7 @@ def test_pre_tokenizers_cut_like_their_expressions(text: str) -> None:
     """Against the `regex` package: another engine running the published expressions."""
     for name in ("gpt-2", "default"):
         assert words(load(byte_level_settings(name)), text) == regex.findall(GPT2_SPLIT, text)
-    for name in ("llama-bpe", "llama3"):
+    for name in ("llama-bpe", "llama3", "falcon3"):
         assert words(load(byte_level_settings(name)), text) == regex.findall(LLAMA3_SPLIT, text)
     one_digit = LLAMA3_SPLIT.replace("{1,3}", "")
     assert words(load(byte_level_settings("qwen2")), text) == regex.findall(one_digit, text)

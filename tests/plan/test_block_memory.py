@@ -1,0 +1,54 @@
+"""What is planned for a layer's pass against what real operations make, of every family."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from sl_serve.config import EngineConfig, ModelConfig
+from sl_serve.models import supported_families
+from sl_serve.plan.activations import PROBE_TOKENS
+from sl_serve.plan.block_memory import block_memory
+from tests.families.harness import Tiny
+from tests.families.settings import config_of
+from tests.plan.made_by_blocks import check_planned
+
+CONFIGS = {
+    "native": EngineConfig(),
+    "twins": EngineConfig(native=False),
+    "device": EngineConfig(device="sim"),
+}
+N_TOKENS = 1000
+
+
+def tiny_of(family: str) -> Tiny:
+    found = importlib.import_module(f"tests.families.test_{family}").TINY
+    assert isinstance(found, Tiny)
+    return found
+
+
+CASES = [
+    (family, name, kind)
+    for family in supported_families()
+    if family != "gemma3"  # its layers are those of gemma3_text
+    for name in tiny_of(family).names
+    for kind in (CONFIGS if not name else ["native"])
+]
+
+
+def settings(family: str, variant: str) -> ModelConfig:
+    tiny = tiny_of(family)
+    changes = tiny.variants[variant] if variant else {}
+    return config_of(Tiny(tiny.config, tiny.model, {**tiny.settings, **changes}))
+
+
+@pytest.mark.parametrize(("family", "variant", "kind"), CASES)
+def test_no_layer_makes_more_than_is_planned(family: str, variant: str, kind: str) -> None:
+    assert N_TOKENS not in PROBE_TOKENS
+    check_planned(settings(family, variant), CONFIGS[kind], N_TOKENS)
+
+
+def test_without_experts_none_are_planned_for() -> None:
+    planned = block_memory(settings("llama", ""), CONFIGS["native"])
+    assert planned.expert.at(N_TOKENS) == 0
