@@ -3,8 +3,9 @@ a window; and in every layer experts, whose SwiGLU is clamped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from sl_serve.models.llama import head_input, hidden_states, static_tensors
 from sl_serve.models.parts import add_linear, linear, vector_param
 from sl_serve.ops import Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.hf_windows import layer_windows
 from sl_serve.weights.layout import LayerWeights, Param
@@ -28,6 +30,24 @@ __all__ = [
     "model_config",
     "static_tensors",
 ]
+
+
+def _untruncated(fields: Mapping[str, Any], _tensors: Collection[str]) -> Mapping[str, Any]:
+    """The ends of YaRN's ramp are no whole numbers in the published models, which no file says."""
+    scaling = fields.get("rope_scaling")
+    return {"rope_scaling": {**scaling, "truncate": False}} if scaling else {}
+
+
+GGUF = GgufDialect(
+    "gpt-oss",
+    {
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "intermediate_size",
+    },
+    derived=_untruncated,
+    has_experts=True,
+)
 
 MLP = llama.PREFIX + "mlp."
 STACKED = (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",)))

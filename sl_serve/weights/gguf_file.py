@@ -98,9 +98,9 @@ class GgufCheckpoint:
     def _at(self, tensor: GgufTensor, place: Place) -> GgufTensor:
         if place.expert is None:
             return tensor
-        if len(tensor.shape) != 3 or tensor.shape[0] != self.config.n_experts:
+        if len(tensor.shape) < 2 or tensor.shape[0] != self.config.n_experts:
             raise CheckpointError(
-                f"{self.path}: tensor {place.name} has shape {tensor.shape}, not matrices of "
+                f"{self.path}: tensor {place.name} has shape {tensor.shape}, not that of "
                 f"{self.config.n_experts} experts"
             )
         return tensor.slice(place.expert)

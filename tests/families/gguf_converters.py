@@ -98,6 +98,12 @@ def experts(writer: Writer, config: PretrainedConfig) -> None:
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
+def gpt_oss(writer: Writer, config: PretrainedConfig) -> None:
+    experts(writer, config)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+    writer.add_sliding_window(config.sliding_window)
+
+
 def gpt_neox(writer: Writer, config: PretrainedConfig) -> None:
     writer.add_parallel_residual(config.use_parallel_residual)
 
@@ -113,6 +119,7 @@ CONVERTERS: Mapping[str, Converter] = {
     "mistral": Converter(Arch.LLAMA, change=for_rotated_neighbours),
     "mixtral": Converter(Arch.LLAMA, experts, for_rotated_neighbours),
     "qwen3_moe": Converter(Arch.QWEN3MOE, experts),
+    "gpt_oss": Converter(Arch.GPT_OSS, gpt_oss),
     "qwen2": Converter(Arch.QWEN2),
     "qwen3": Converter(Arch.QWEN3),
     "phi3": Converter(Arch.PHI3, phi3),

@@ -71,9 +71,11 @@ def write_gguf(
     kind: Kind = Kind.F32,
     part_tensors: int = 0,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    expert_kind: Kind | None = None,
 ) -> None:
     """`kind`: of matrices. `part_tensors`: at most so many in each of several files; 0: one
-    file. `tensors`: by their published names, where the model has others."""
+    file. `tensors`: by their published names, where the model has others. `expert_kind`: of
+    experts' matrices, where not `kind`."""
     writer = gguf.GGUFWriter(
         str(path), gguf.MODEL_ARCH_NAMES[how.arch], split_max_tensors=part_tensors
     )
@@ -88,7 +90,9 @@ def write_gguf(
         stored = stored or names.get_name(name, (".weight", ".bias"))
         assert stored is not None, name
         array = how.change(name, tensor.float().numpy(), model.config)
-        used = kind if array.ndim > 1 else Kind.F32
+        used = (expert_kind or kind) if "_exps." in stored else kind
+        if array.ndim == 1 or stored.endswith(".bias"):
+            used = Kind.F32
         writer.add_tensor(stored, gguf.quantize(array, used), raw_dtype=used)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -105,6 +109,24 @@ def with_stacked_experts(folder: Path) -> dict[str, torch.Tensor]:
         number, rest = after.split(".", 1)
         stacks.setdefault(f"{before}.experts.{rest}", {})[int(number)] = found.pop(name)
     return found | {n: torch.stack([s[i] for i in range(len(s))]) for n, s in stacks.items()}
+
+
+def with_gates_apart(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a gpt-oss: of its experts' (experts, out, in), gates and what they let pass,
+    which are outputs by turns, each in one of its own."""
+    found = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if ".experts." not in name:
+            found[f"{name}.weight" if name.endswith("sinks") else name] = tensor
+            continue
+        module = name.removesuffix("_bias")
+        end = ".weight" if name == module else ".bias"
+        outputs_first = tensor.transpose(1, -1)  # vectors have no other dimension
+        turns = ("gate_proj", "up_proj") if "gate_up_proj" in name else ("down_proj",)
+        for turn, part in enumerate(turns):
+            outputs = outputs_first[:, turn :: len(turns)].contiguous()
+            found[f"{module.rpartition('.')[0]}.{part}{end}"] = outputs
+    return found
 
 
 def write_common_settings(writer: Writer, config: PretrainedConfig) -> None:

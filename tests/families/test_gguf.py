@@ -16,9 +16,14 @@ from sl_serve.errors import CheckpointError, ModelError
 from sl_serve.models import load_family, supported_families
 from sl_serve.weights.checkpoint import open_checkpoint
 from tests.engine.running import random_prompts
-from tests.families.experts import joined_expert
+from tests.families.experts import joined_expert, stacked_expert
 from tests.families.gguf_converters import CONVERTERS
-from tests.families.gguf_writer import Kind, with_stacked_experts, write_gguf
+from tests.families.gguf_writer import (
+    Kind,
+    with_gates_apart,
+    with_stacked_experts,
+    write_gguf,
+)
 from tests.families.harness import Tiny, check, news_of
 
 # Variants beside the plain one; others have no counterpart in the format, or change nothing there.
@@ -35,6 +40,7 @@ VARIANTS = {
     "gpt2": ["narrow-mlp"],
     "gpt_bigcode": [],
     "gpt_neox": ["sequential", "no-attention-biases", "tied", "half-rotated", "scaled-rope"],
+    "gpt_oss": ["no-biases", "plain-rope"],
     "granite": ["plain-multipliers", "tied", "biases"],
     "llama": [
         *("many-key-heads", "one-key-head", "tied", "biases", "other-heads"),
@@ -96,6 +102,8 @@ def write(folder: Path, family: str, variant: str = "", **options: object) -> Pr
     reference = tiny_of(family).write(folder / "hf", variant)
     if family in WITH_EXPERTS:
         options["tensors"] = with_stacked_experts(folder / "hf")
+    if family == "gpt_oss":
+        options["tensors"] = with_gates_apart(folder / "hf")
     write_gguf(folder / "model.gguf", reference, CONVERTERS[family], **options)  # type: ignore[arg-type]
     return reference
 
@@ -175,6 +183,20 @@ def test_quantised_types(family: str, kind: Kind, tmp_path: Path) -> None:
         for name in checkpoint.names():
             here = name.replace("block_sparse_moe.gate", "mlp.gate")  # transformers' own name
             joined_expert(parameters, here).copy_(checkpoint.read(name))
+    checkpoint.close()
+    prompts = random_prompts(3)
+    check(reference, prompts, news_of(path, prompts), 1e-3)
+
+
+def test_experts_of_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
+    reference = write(tmp_path, "gpt_oss", kind=Kind.Q8_0, expert_kind=Kind.MXFP4)
+    path = tmp_path / "model.gguf"
+    checkpoint, parameters = open_checkpoint(path), reference.state_dict()
+    matrices = [n for n in checkpoint.names() if ".experts." in n and n.endswith(".weight")]
+    assert {checkpoint.format(name).name for name in matrices} == {"mxfp4"}
+    with torch.no_grad():
+        for name in checkpoint.names():
+            stacked_expert(parameters, name).copy_(checkpoint.read(name))
     checkpoint.close()
     prompts = random_prompts(3)
     check(reference, prompts, news_of(path, prompts), 1e-3)
