@@ -143,6 +143,7 @@ NB_MODULE(_native, m) {
       .value("q4_k", Dtype::q4_k)
       .value("q5_k", Dtype::q5_k)
       .value("q6_k", Dtype::q6_k)
+      .value("mxfp4", Dtype::mxfp4)
       .value("int4_g32", Dtype::int4_g32)
       .value("int4_g64", Dtype::int4_g64)
       .value("int4_g128", Dtype::int4_g128)

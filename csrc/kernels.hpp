@@ -19,7 +19,7 @@ struct Row {
 
 // The numbers of a weight; arithmetic is in float32, which holds each of them exactly.
 enum class Dtype {
-  float32, bfloat16, float16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k,
+  float32, bfloat16, float16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, mxfp4,
   int4_g32, int4_g64, int4_g128, int4_g32_sym, int4_g64_sym, int4_g128_sym,
   int4_g32_min, int4_g64_min, int4_g128_min,
   int8_g32, int8_g64, int8_g128, int8_g32_sym, int8_g64_sym, int8_g128_sym,
@@ -72,6 +72,11 @@ struct q6_k {
   uint8_t qh[64];   // upper two
   int8_t scales[16];
   f16 d;
+};
+// 4-bit floats (E2M1) that share a power of two: a number is 2^(e - 127) times one of them.
+struct mxfp4 {
+  uint8_t e;
+  uint8_t qs[16];  // as q4_0's
 };
 
 // Groups of integers that share a scale, sl_serve/weights/groups.py: a number is d * q, or with a

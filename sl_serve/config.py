@@ -75,6 +75,9 @@ class ModelConfig:
     logit_softcap: float | None = None  # a logit x becomes softcap * tanh(x / softcap)
     dtype: DTypeName = "float32"  # as stored in the checkpoint
     transposed: tuple[str, ...] = ()  # ends of names of matrices that a folder stores as (in, out)
+    # Names that end so stand for a tensor of all experts in a folder, in which these modules of an
+    # expert have their outputs by turns.
+    stacked: tuple[tuple[str, tuple[str, ...]], ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 

@@ -21,15 +21,17 @@ def expert_params(
     module: str,
     layers: Collection[int] | None = None,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    bias: bool = False,
 ) -> tuple[Param, ...]:
-    """`module`: an expert's, with "{expert}" in it; `names`: of its gate, up and down in there."""
+    """`module`: an expert's, with "{expert}" in it; `names`: of its gate, up and down in there;
+    `bias`: each has one."""
     hidden, inner = config.hidden_size, config.expert_size
     gate, up, down = (f"{module}.{name}" for name in names)
-    matrices = (
-        *linear_params("gate_up", hidden, {gate: inner, up: inner}, False),
-        *linear_params("down", inner, {down: hidden}, False),
+    params = (
+        *linear_params("gate_up", hidden, {gate: inner, up: inner}, bias),
+        *linear_params("down", inner, {down: hidden}, bias),
     )
-    return tuple(replace(p, layers=layers, n_experts=config.n_experts) for p in matrices)
+    return tuple(replace(p, layers=layers, n_experts=config.n_experts) for p in params)
 
 
 def dense_in(config: ModelConfig, params: Iterable[Param], sparse: Collection[int]) -> list[Param]:

@@ -3,18 +3,20 @@ a window; and in every layer experts, whose SwiGLU is clamped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sl_serve.config import ModelConfig
 from sl_serve.models import Block, RopeTable, Routed, llama
-from sl_serve.models.experts import likeliest, router_params
+from sl_serve.models.experts import expert_params, likeliest, router_params
 from sl_serve.models.llama import head_input, hidden_states, static_tensors
 from sl_serve.models.parts import add_linear, linear, vector_param
 from sl_serve.ops import Ops, Scoring
 from sl_serve.weights.fields import Fields
+from sl_serve.weights.gguf_dialect import GgufDialect
 from sl_serve.weights.hf_fields import decoder_fields
 from sl_serve.weights.hf_windows import layer_windows
 from sl_serve.weights.layout import LayerWeights, Param
@@ -29,7 +31,26 @@ __all__ = [
     "static_tensors",
 ]
 
+
+def _untruncated(fields: Mapping[str, Any], _tensors: Collection[str]) -> Mapping[str, Any]:
+    """The ends of YaRN's ramp are no whole numbers in the published models, which no file says."""
+    scaling = fields.get("rope_scaling")
+    return {"rope_scaling": {**scaling, "truncate": False}} if scaling else {}
+
+
+GGUF = GgufDialect(
+    "gpt-oss",
+    {
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "intermediate_size",
+    },
+    derived=_untruncated,
+    has_experts=True,
+)
+
 MLP = llama.PREFIX + "mlp."
+STACKED = (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,30 +75,18 @@ def model_config(fields: Fields, generation: Fields) -> GptOssConfig:
         windows=layer_windows(fields, window, lambda layer: layer % 2 == 0),
         gate_gain=fields.number("swiglu_alpha", 1.702),
         limit=fields.number("swiglu_limit", 7.0),
+        stacked=STACKED,
     )
 
 
 def layer_params(config: ModelConfig) -> tuple[Param, ...]:
     own = [p for p in llama.layer_params(config) if p.name not in ("gate_up", "down")]
     sinks = vector_param("sinks", llama.PREFIX + "self_attn.sinks", config.n_heads)
-    hidden, inner = config.hidden_size, config.expert_size
-    experts = (
-        *_stacked("gate_up", "gate_up_proj", hidden, 2 * inner),
-        *_stacked("down", "down_proj", inner, hidden),
-    )
     return (
         *own,
         sinks,
         *router_params(config, MLP + "router", bias=True),
-        *(replace(p, n_experts=config.n_experts) for p in experts),
-    )
-
-
-def _stacked(name: str, source: str, n_in: int, n_out: int) -> tuple[Param, Param]:
-    weight, bias = (f"{MLP}experts.{source}{end}[{{expert}}]" for end in ("", "_bias"))
-    return (
-        Param(name, (n_in, n_out), (weight,), (n_out,)),
-        vector_param(f"{name}_bias", bias, n_out),
+        *expert_params(config, MLP + "experts.{expert}", bias=True),
     )
 
 
@@ -100,9 +109,8 @@ def block(
 
 
 def expert(config: ModelConfig, ops: Ops, w: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-    """Gates and what they let pass come by turns."""
     assert isinstance(config, GptOssConfig)
-    gate, up = linear(ops, "gate_up", x, w).view(len(x), -1, 2).unbind(-1)
+    gate, up = linear(ops, "gate_up", x, w).chunk(2, dim=-1)
     gate = gate.clamp(max=config.limit)
     up = up.clamp(-config.limit, config.limit)
     return linear(ops, "down", (gate * config.gate_gain).sigmoid_().mul_(gate).mul_(up + 1), w)

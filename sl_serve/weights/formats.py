@@ -1,8 +1,9 @@
 """How numbers lie in memory: one after another, or in blocks of a few bits each with scales.
 
 The blocks are those of GGUF files; `widen` gives the very float32 numbers that dequantising the
-file gives. A scale is a half-precision number and the integers have 8 bits at most: their products
-are exact in float32, and a single rounding is left, that of adding the minimum.
+file gives. A scale is a half-precision number or a power of two, and the integers have 8 bits
+at most: their products are exact in float32, and a single rounding is left, that of adding the
+minimum.
 """
 
 from __future__ import annotations
@@ -118,6 +119,22 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
     return (scales[..., None] * numbers).flatten(1)
 
 
+def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
+    """Numbers of E2M1, a sign, two bits of exponent and one of mantissa, doubled to be integers;
+    their power of two is halved ("OCP Microscaling Formats (MX) Specification" 1.0, 5.3.3)."""
+    codes = _nibbles(blocks[:, 1:])
+    size = codes & 7
+    doubled = torch.where(size < 2, size, ((size & 1 | 2) << (size >> 1)) >> 1).to(torch.int8)
+    return _half_powers(blocks[:, :1]) * torch.where(codes < 8, doubled, -doubled).float()
+
+
+def _half_powers(exponents: torch.Tensor) -> torch.Tensor:
+    """2 ** (e - 128), float32, of E8M0's e (uint8); the least two are no normal floats."""
+    e = exponents.int()
+    least = torch.full_like(e, 1 << 21) << e.clamp(max=1)
+    return torch.where(e > 1, (e - 1) << 23, least).view(torch.float32)
+
+
 def _plain(dtype: torch.dtype, blocks: torch.Tensor) -> torch.Tensor:
     return blocks.contiguous().view(dtype).float()
 
@@ -137,6 +154,7 @@ _IN_BLOCKS = (
     Format("q4_k", 256, 144, _q4_k),
     Format("q5_k", 256, 176, _q5_k),
     Format("q6_k", 256, 210, _q6_k),
+    Format("mxfp4", 32, 17, _mxfp4),
 )
 BLOCK_FORMATS = {f.name: f for f in _IN_BLOCKS}
 

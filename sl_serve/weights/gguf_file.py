@@ -108,9 +108,9 @@ class GgufCheckpoint:
             return tensor.rows(*place.rows)
         if place.expert is None:
             return tensor
-        if len(tensor.shape) != 3 or tensor.shape[0] != self.config.n_experts:
+        if len(tensor.shape) < 2 or tensor.shape[0] != self.config.n_experts:
             raise CheckpointError(
-                f"{self.path}: tensor {place.name} has shape {tensor.shape}, not matrices of "
+                f"{self.path}: tensor {place.name} has shape {tensor.shape}, not that of "
                 f"{self.config.n_experts} experts"
             )
         return tensor.slice(place.expert)

@@ -107,9 +107,11 @@ def _translation(architecture: str, path: Path) -> Callable[[str], str]:
     table = gguf.get_tensor_name_map(kinds[architecture], 1)
 
     def translate(name: str) -> str:
-        there = name.replace("language_model.", "").replace("correction_bias", "correction.bias")
-        stem, _, end = there.rpartition(".")
+        whole = name.replace("language_model.", "").replace("correction_bias", "correction.bias")
+        stem, _, end = whole.rpartition(".")
         short = table.get_name(stem) or table.get_name(stem.removeprefix("transformer."))
+        if short is None:  # a parameter without an end of its own has one there
+            short, end = table.get_name(whole), "weight"
         return f"{short}.{end}" if short else name
 
     return translate

@@ -24,8 +24,14 @@ from tests.engine.running import GREEDY, config, engine, run
 from tests.engine.test_cuda_ops import CASES, Window
 from tests.engine.test_gguf_weights import TOKENIZER, TOKENS
 from tests.weights import groups
-from tests.weights.blocks import HALVES, KINDS, Kind, put_halves, random_rows
-from tests.weights.test_formats import SPECIAL_HALVES
+from tests.weights.blocks import (
+    KINDS,
+    SPECIAL_HALVES,
+    Kind,
+    put_halves,
+    put_special_scales,
+    random_rows,
+)
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -81,11 +87,7 @@ def test_special_scales(kind: Kind, dtype: torch.dtype) -> None:
     """Zero, largest, subnormal, infinite or no number, beside any bits; what is not finite in
     float32 becomes what torch rounds it to."""
     rows = random_rows(kind, len(SPECIAL_HALVES) ** 2, 256)
-    n_bytes = gguf.GGML_QUANT_SIZES[kind][1]
-    every = np.meshgrid(SPECIAL_HALVES, SPECIAL_HALVES)
-    for start, halves in zip(HALVES[kind], every, strict=False):
-        per_row = rows.shape[1] // n_bytes
-        put_halves(rows.reshape(-1, n_bytes), start, np.repeat(halves.reshape(-1), per_row))
+    put_special_scales(rows, kind)
     found = expanded(rows, kind, dtype)
     assert torch.equal(bits(found), bits(dequantised(rows, kind).to(dtype)))
 

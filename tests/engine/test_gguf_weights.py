@@ -49,7 +49,8 @@ MIXED = {
     "blk.2.ffn_gate.weight": Kind.Q5_1,
 }
 FILES: dict[str, tuple[Kind, Mapping[str, Kind]]] = {
-    **{k.name: (k, {}) for k in (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q8_0, Kind.F16)},
+    **{k.name: (k, {}) for k in (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q8_0)},
+    **{k.name: (k, {}) for k in (Kind.MXFP4, Kind.F16)},
     "mixed": (Kind.Q4_K, MIXED),
 }
 

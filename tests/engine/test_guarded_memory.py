@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from sl_serve.ops.native_ops import NativeOps
+from sl_serve.weights.formats import BLOCK_FORMATS
+from sl_serve.weights.quantised import QuantisedRows
+from tests.weights.blocks import KINDS, random_rows
 
 try:
     from sl_serve._native import targets
@@ -51,6 +54,15 @@ def exercise(target: str) -> None:
             expected = x.double() @ w.double().t()
             torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
             ops.logits(x, w, out)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    for kind in KINDS:
+        format = BLOCK_FORMATS[kind.name.lower()]
+        for m, k, n in ((1, 512, 7), (5, 256, 1), (25, 512, 9)):
+            blocks = guarded(torch.from_numpy(random_rows(kind, n, k)))
+            x, rows = guarded(torch.randn(m, k)), QuantisedRows(blocks, format)
+            out = guarded(torch.zeros(m, n))
+            ops.logits(x, rows, out)
+            expected = x.double() @ rows.widened().double().t()
             torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
     for n_tokens, width in ((1, 5), (3, 64), (2, 101)):
         x = guarded(torch.randn(n_tokens, 2 * width))

@@ -37,9 +37,9 @@ def test_kernels_compile_for_an_old_card(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    # Eight formats, one of them in three dtypes, six kinds of groups, and two kernels for keys and
+    # Nine formats, one of them in three dtypes, six kinds of groups, and two kernels for keys and
     # values.
-    assert done.stdout.split() == ["18"]
+    assert done.stdout.split() == ["19"]
 
 
 class _Gpu:

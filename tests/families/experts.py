@@ -8,7 +8,14 @@ from collections.abc import Mapping
 import torch
 
 EXPERT = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight")
-STACKED = re.compile(r"(.+)\[(\d+)\]")
+OF_GPT_OSS = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.(weight|bias)")
+EVEN, ODD = slice(0, None, 2), slice(1, None, 2)
+# Module -> the stack it is in, and its outputs there.
+STACKS = {
+    "gate_proj": ("gate_up_proj", EVEN),
+    "up_proj": ("gate_up_proj", ODD),
+    "down_proj": ("down_proj", slice(None)),
+}
 
 
 def joined_expert(parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -23,8 +30,11 @@ def joined_expert(parameters: Mapping[str, torch.Tensor], name: str) -> torch.Te
 
 
 def stacked_expert(parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    match = STACKED.fullmatch(name)
+    """Of gpt-oss: stacks of matrices (in, out), gates and what they let pass by turns."""
+    match = OF_GPT_OSS.fullmatch(name)
     if match is None:
         return parameters[name]
-    stack, expert = match.groups()
-    return parameters[stack][int(expert)].t()
+    start, expert, module, kind = match.groups()
+    stack, outputs = STACKS[module]
+    end = "_bias" if kind == "bias" else ""
+    return parameters[f"{start}.{stack}{end}"][int(expert), ..., outputs].t()

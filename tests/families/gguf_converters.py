@@ -101,6 +101,12 @@ def experts(writer: Writer, config: PretrainedConfig) -> None:
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
+def gpt_oss(writer: Writer, config: PretrainedConfig) -> None:
+    experts(writer, config)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+    writer.add_sliding_window(config.sliding_window)
+
+
 def gpt_neox(writer: Writer, config: PretrainedConfig) -> None:
     writer.add_parallel_residual(config.use_parallel_residual)
 
@@ -210,6 +216,7 @@ CONVERTERS: Mapping[str, Converter] = {
     "qwen2_moe": Converter(Arch.QWEN2MOE, qwen2_moe, gate_as_vector),
     "deepseek_v2": Converter(Arch.DEEPSEEK2, deepseek),
     "deepseek_v3": Converter(Arch.DEEPSEEK2, deepseek),
+    "gpt_oss": Converter(Arch.GPT_OSS, gpt_oss),
     "qwen2": Converter(Arch.QWEN2),
     "qwen3": Converter(Arch.QWEN3),
     "phi3": Converter(Arch.PHI3, phi3),

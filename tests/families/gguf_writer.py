@@ -76,9 +76,11 @@ def write_gguf(
     kind: Kind = Kind.F32,
     part_tensors: int = 0,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    expert_kind: Kind | None = None,
 ) -> None:
     """`kind`: of matrices. `part_tensors`: at most so many in each of several files; 0: one
-    file. `tensors`: by their published names, where the model has others."""
+    file. `tensors`: by their published names, where the model has others. `expert_kind`: of
+    experts' matrices, where not `kind`."""
     writer = gguf.GGUFWriter(
         str(path), gguf.MODEL_ARCH_NAMES[how.arch], split_max_tensors=part_tensors
     )
@@ -99,8 +101,10 @@ def write_gguf(
         stored = stored or names.get_name(there, (".weight", ".bias"))
         assert stored is not None, name
         array = how.change(name, tensor.float().numpy(), model.config)
-        divides = array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
-        used = kind if array.ndim > 1 and divides else Kind.F32
+        used = (expert_kind or kind) if "_exps." in stored else kind
+        divides = array.shape[-1] % gguf.GGML_QUANT_SIZES[used][0] == 0
+        if array.ndim == 1 or stored.endswith(".bias") or not divides:
+            used = Kind.F32
         writer.add_tensor(stored, gguf.quantize(array, used), raw_dtype=used)
     for setting, of_layers in numbers.items():
         writer.add_array(setting, of_layers)
@@ -132,6 +136,24 @@ def with_joined_projections(found: Mapping[str, torch.Tensor]) -> dict[str, torc
         elif not any(kind in name for kind in kinds):
             joined[name] = tensor
     return joined
+
+
+def with_gates_apart(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a gpt-oss: of its experts' (experts, out, in), gates and what they let pass,
+    which are outputs by turns, each in one of its own."""
+    found = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if ".experts." not in name:
+            found[f"{name}.weight" if name.endswith("sinks") else name] = tensor
+            continue
+        module = name.removesuffix("_bias")
+        end = ".weight" if name == module else ".bias"
+        outputs_first = tensor.transpose(1, -1)  # vectors have no other dimension
+        turns = ("gate_proj", "up_proj") if "gate_up_proj" in name else ("down_proj",)
+        for turn, part in enumerate(turns):
+            outputs = outputs_first[:, turn :: len(turns)].contiguous()
+            found[f"{module.rpartition('.')[0]}.{part}{end}"] = outputs
+    return found
 
 
 def write_common_settings(writer: Writer, config: PretrainedConfig) -> None:

@@ -18,11 +18,12 @@ from sl_serve.models import load_family, supported_families
 from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.gguf_dialect import GgufDialect
 from tests.engine.running import random_prompts
-from tests.families.experts import joined_expert
+from tests.families.experts import joined_expert, stacked_expert
 from tests.families.gguf_converters import CONVERTERS, expert_by_itself, with_kv_b_apart
 from tests.families.gguf_writer import (
     Kind,
     Writer,
+    with_gates_apart,
     with_joined_projections,
     with_stacked_experts,
     write_gguf,
@@ -51,6 +52,7 @@ VARIANTS = {
     "gpt2": ["narrow-mlp"],
     "gpt_bigcode": [],
     "gpt_neox": ["sequential", "no-attention-biases", "tied", "half-rotated", "scaled-rope"],
+    "gpt_oss": ["no-biases", "plain-rope"],
     "granite": ["plain-multipliers", "tied", "biases"],
     "llama": [
         *("many-key-heads", "one-key-head", "tied", "biases", "other-heads"),
@@ -118,6 +120,8 @@ def write(folder: Path, family: str, variant: str = "", **options: object) -> Pr
         tensors = with_stacked_experts(folder / "hf")
         apart = family in WITH_LATENTS
         options["tensors"] = with_kv_b_apart(tensors, reference.config) if apart else tensors
+    if family == "gpt_oss":
+        options["tensors"] = with_gates_apart(folder / "hf")
     write_gguf(folder / "model.gguf", reference, CONVERTERS[family], **options)  # type: ignore[arg-type]
     return reference
 
@@ -308,6 +312,20 @@ def test_mpt_with_other_positions_is_refused(bias: float, tmp_path: Path) -> Non
     write_gguf(path, reference, replace(CONVERTERS["mpt"], settings=change))
     with pytest.raises(ModelError, match=r"alibi(_bias_max)? .* is not supported"):
         open_checkpoint(path)
+
+
+def test_experts_of_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
+    reference = write(tmp_path, "gpt_oss", kind=Kind.Q8_0, expert_kind=Kind.MXFP4)
+    path = tmp_path / "model.gguf"
+    checkpoint, parameters = open_checkpoint(path), reference.state_dict()
+    matrices = [n for n in checkpoint.names() if ".experts." in n and n.endswith(".weight")]
+    assert {checkpoint.format(name).name for name in matrices} == {"mxfp4"}
+    with torch.no_grad():
+        for name in checkpoint.names():
+            stacked_expert(parameters, name).copy_(checkpoint.read(name))
+    checkpoint.close()
+    prompts = random_prompts(3)
+    check(reference, prompts, news_of(path, prompts), 1e-3)
 
 
 PART = "model-{:05}-of-{:05}.gguf"

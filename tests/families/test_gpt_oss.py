@@ -1,8 +1,10 @@
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,9 +13,11 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from sl_serve.device import Device, SimDevice
 from sl_serve.errors import CheckpointError
 from sl_serve.weights.checkpoint import open_checkpoint
+from sl_serve.weights.stacked import parts_of
 from tests.engine.running import random_prompts
-from tests.families.experts import stacked_expert
+from tests.families.experts import STACKS, stacked_expert
 from tests.families.harness import FamilyTests, Tiny, check, news_of
+from tests.weights.published_models import from_mxfp4, pack_experts
 
 TINY = Tiny(
     GptOssConfig,
@@ -38,38 +42,15 @@ class TestGptOss(FamilyTests):
     find = staticmethod(stacked_expert)
 
 
-# OCP Microscaling Formats, table 5 (E2M1) and 5.4.1 (E8M0), by the bit patterns.
-E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-
-
-def dequantised(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """blocks (..., out, n_groups, 16), scales (..., out, n_groups) -> float64 (..., out, in)."""
-    table = torch.tensor(E2M1, dtype=torch.float64)
-    numbers = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], dim=-1)
-    powers = 2.0 ** (scales.double() - 127)
-    return (numbers.flatten(-2) * powers[..., None]).flatten(-2)
-
-
 @pytest.fixture
 def packed(tmp_path: Path) -> tuple[Path, GptOssForCausalLM]:
     """A folder whose experts are MXFP4 with random numbers, and the reference with the same."""
     reference = TINY.write(tmp_path)
     assert isinstance(reference, GptOssForCausalLM)
-    tensors = load_file(tmp_path / "model.safetensors")
-    random = torch.Generator().manual_seed(3)
     parameters = reference.state_dict()
-    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
-        n_experts, n_in, n_out = tensors.pop(name).shape
-        shape = n_experts, n_out, n_in // 32, 16
-        blocks = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
-        scales = torch.randint(121, 126, shape[:3], generator=random, dtype=torch.uint8)
-        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        with torch.no_grad():
-            parameters[name].copy_(dequantised(blocks, scales).transpose(1, 2))
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    path = tmp_path / "config.json"
-    settings = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | {"quantization_config": {"quant_method": "mxfp4"}}))
+    with torch.no_grad():
+        for name, numbers in pack_experts(tmp_path).items():
+            parameters[name].copy_(numbers)
     return tmp_path, reference
 
 
@@ -84,16 +65,25 @@ def test_packed_experts(packed: tuple[Path, GptOssForCausalLM], device: str) -> 
 def test_packed_numbers_are_kept_to_the_last_bit(packed: tuple[Path, object]) -> None:
     folder, _ = packed
     stored = load_file(folder / "model.safetensors")
-    stack = "model.layers.1.mlp.experts.down_proj"
+    experts = "model.layers.1.mlp.experts"
     # Among the scales the largest and the least that there are.
-    stored[f"{stack}_scales"][2, 0, :3] = torch.tensor([0, 1, 2], dtype=torch.uint8)
-    stored[f"{stack}_scales"][2, 1, :2] = torch.tensor([254 - 3, 3], dtype=torch.uint8)
+    for stack in ("down_proj", "gate_up_proj"):
+        stored[f"{experts}.{stack}_scales"][2, :2, :2] = torch.tensor([[0, 1], [2, 251]])
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     checkpoint = open_checkpoint(folder)
-    expected = dequantised(stored[f"{stack}_blocks"][2], stored[f"{stack}_scales"][2])
-    found = checkpoint.format(f"{stack}[2]").widen(checkpoint.read_blocks(f"{stack}[2]"))
-    assert torch.equal(found.double(), expected)
-    assert checkpoint.shape(f"{stack}[2]") == tuple(expected.shape)
+    for module, (stack, outputs) in STACKS.items():
+        blocks, scales = (stored[f"{experts}.{stack}_{kind}"][2] for kind in ("blocks", "scales"))
+        expected = from_mxfp4(blocks, scales)[outputs]
+        name = f"{experts}.2.{module}.weight"
+        rows = checkpoint.read_blocks(name)
+        assert rows.shape == (len(expected), expected.shape[1] // 32 * 17)
+        found = gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType.MXFP4)
+        assert np.array_equal(found.astype(np.float64), expected.numpy())
+        assert torch.equal(checkpoint.read(name).double(), expected)
+        assert checkpoint.shape(name) == tuple(expected.shape)
+        assert checkpoint.format(name).name == "mxfp4" and checkpoint.location(name) is None
+    assert not [n for n in checkpoint.names() if n.endswith(("_proj", "_bias", "_scales"))]
+    checkpoint.close()
 
 
 @pytest.mark.parametrize(
@@ -116,11 +106,40 @@ def test_damaged_experts_are_refused(
 def test_a_stack_is_seen_expert_by_expert(tmp_path: Path) -> None:
     TINY.write(tmp_path)
     checkpoint, stored = open_checkpoint(tmp_path), load_file(tmp_path / "model.safetensors")
-    stack = "model.layers.2.mlp.experts.gate_up_proj"
-    assert stack not in checkpoint.names()
-    assert torch.equal(checkpoint.read(f"{stack}[4]"), stored[stack][4].t())
-    bias, place = stored[f"{stack}_bias"][4], checkpoint.location(f"{stack}_bias[4]")
-    assert torch.equal(checkpoint.read(f"{stack}_bias[4]"), bias)
-    assert place is not None and checkpoint.location(f"{stack}[4]") is None
-    found = place.path.read_bytes()[place.offset_bytes :][: place.size_bytes]
-    assert found == bias.numpy().tobytes()
+    experts = "model.layers.2.mlp.experts"
+    for module, (stack, outputs) in STACKS.items():
+        matrix, bias = stored[f"{experts}.{stack}"][4], stored[f"{experts}.{stack}_bias"][4]
+        name = f"{experts}.4.{module}"
+        assert torch.equal(checkpoint.read(f"{name}.weight"), matrix[:, outputs].t())
+        assert torch.equal(checkpoint.read(f"{name}.bias"), bias[outputs])
+        for end in ("weight", "bias"):
+            found = checkpoint.read(f"{name}.{end}")
+            assert tuple(found.shape) == checkpoint.shape(f"{name}.{end}")
+        before = checkpoint.read(f"{experts}.3.{module}.weight")
+        assert checkpoint.read(f"{name}.weight").data_ptr() == before.data_ptr() + matrix.nbytes
+        assert checkpoint.location(f"{name}.weight") is None
+        place = checkpoint.location(f"{name}.bias")
+        assert (place is None) == (module != "down_proj")  # the others' are there by turns
+    assert place is not None
+    of_file = place.path.read_bytes()[place.offset_bytes :][: place.size_bytes]
+    assert of_file == stored[f"{experts}.down_proj_bias"][4].numpy().tobytes()
+    assert not [n for n in checkpoint.names() if n.endswith(("_proj", "_bias"))]
+    checkpoint.close()
+
+
+def test_what_is_no_stack_of_the_family_stays_as_it_is(tmp_path: Path) -> None:
+    """Sizes of a header are not to be believed, nor another family's order of outputs."""
+    TINY.write(tmp_path)
+    experts = "model.layers.0.mlp.experts"
+    stored = load_file(tmp_path / "model.safetensors")
+    stored[f"{experts}.gate_up_proj"] = torch.empty(1 << 40, 0, 8)
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    names = checkpoint.names()
+    assert f"{experts}.gate_up_proj" in names and f"{experts}.0.gate_proj.weight" not in names
+    assert f"{experts}.0.down_proj.weight" in names
+    stacks = [f"{experts}.{stack}" for stack in ("gate_up_proj", "down_proj", "other_proj")]
+    n_parts = [len(list(parts_of(checkpoint.config, stack, 6))) for stack in stacks]
+    assert n_parts == [12, 6, 0]
+    assert not list(parts_of(replace(checkpoint.config, stacked=()), stacks[0], 6))
+    checkpoint.close()

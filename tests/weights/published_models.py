@@ -65,6 +65,34 @@ def write_stored_blocks(folder: Path, name: str, **sizes: int) -> Model:
     return model
 
 
+# OCP Microscaling Formats, table 5 (E2M1) and 5.4.1 (E8M0), by the bit patterns.
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+
+def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """blocks (..., out, n_groups, 16), scales (..., out, n_groups) -> float64 (..., out, in)."""
+    table = torch.tensor(E2M1, dtype=torch.float64)
+    numbers = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], dim=-1)
+    powers = 2.0 ** (scales.double() - 127)
+    return (numbers.flatten(-2) * powers[..., None]).flatten(-2)
+
+
+def pack_experts(folder: Path) -> dict[str, torch.Tensor]:
+    """The experts of a gpt-oss become random numbers in MXFP4: each stack's, (experts, in, out)."""
+    random, found = torch.Generator().manual_seed(3), {}
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        n_experts, n_in, n_out = tensors.pop(name).shape
+        shape = n_experts, n_out, n_in // 32, 16
+        blocks = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+        scales = torch.randint(121, 126, shape[:3], generator=random, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        found[name] = from_mxfp4(blocks, scales).transpose(1, 2)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    change_settings(folder, quantization_config={"quant_method": "mxfp4"})
+    return found
+
+
 def change_settings(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -9,9 +9,7 @@ import torch
 
 from sl_serve.weights.formats import BLOCK_FORMATS, Format, plain
 from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight
-from tests.weights.blocks import HALVES, KINDS, Kind, put_halves, random_rows
-
-SPECIAL_HALVES = [0.0, -0.0, 65504.0, -65504.0, 2.0**-24, -(2.0**-15), np.inf, -np.inf, np.nan]
+from tests.weights.blocks import KINDS, SPECIAL_HALVES, Kind, put_special_scales, random_rows
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -48,18 +46,27 @@ def test_random_blocks(kind: Kind) -> None:
 @each_kind
 @pytest.mark.parametrize("fill", [0x00, 0x80, 0xFF, None], ids=str)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy: 0 times infinity
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_special_scales(kind: Kind, fill: int | None) -> None:
     """Each of the halves zero, largest, subnormal, infinite or no number, over all and any bits."""
     rows = random_rows(kind, len(SPECIAL_HALVES) ** 2, 256)
     if fill is not None:
         rows[:] = fill
-    n_bytes = gguf.GGML_QUANT_SIZES[kind][1]
-    for start, halves in zip(
-        HALVES[kind], np.meshgrid(SPECIAL_HALVES, SPECIAL_HALVES), strict=False
-    ):
-        per_row = rows.shape[1] // n_bytes
-        put_halves(rows.reshape(-1, n_bytes), start, np.repeat(halves.reshape(-1), per_row))
+    put_special_scales(rows, kind)
     assert_same_bits(format_of(kind).widen(torch.from_numpy(rows)), gguf.dequantize(rows, kind))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_every_code_of_mxfp4_with_every_power_of_two() -> None:
+    """Among them those whose results are subnormal, and those that are infinite."""
+    blocks = np.empty((256, 17), dtype=np.uint8)
+    blocks[:, 0] = np.arange(256)
+    blocks[:, 1:] = np.arange(16) | np.arange(16)[::-1] << 4
+    found = format_of(Kind.MXFP4).widen(torch.from_numpy(blocks))
+    assert_same_bits(found, gguf.dequantize(blocks, Kind.MXFP4))
+    magnitudes = found.abs()
+    assert float(magnitudes[magnitudes > 0].min()) == 2.0**-128
+    assert int(found.isinf().sum()) == 2 * 2 * (2 + 4 + 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,9 +1,9 @@
 """One number of a block, for each of GGUF's formats: what `Format.widen` says, element by element.
 
 A decoder gets the address of a block (bytes) and the place of an element in it, and gives float32.
-The memory traffic is what counts: bytes that neighbours share come from the cache. Blocks start at
-even addresses, as half-precision numbers in them do. A format whose blocks are a header and packed
-integers needs a function of a few lines, and its name in BLOCK_DECODERS.
+The memory traffic is what counts: bytes that neighbours share come from the cache. Blocks with
+half-precision numbers start at even addresses, as those do. A format whose blocks are a header
+and packed integers needs a function of a few lines, and its name in BLOCK_DECODERS.
 """
 
 from __future__ import annotations
@@ -106,6 +106,18 @@ def _q6_k(block, i):
     return scale * ((lower | (upper << 4)) - 32).to(tl.float32)
 
 
+@triton.jit
+def _mxfp4(block, i):
+    """Twice an E2M1 number times half of the power of two, which for the least two is subnormal."""
+    code, exponent = _nibble(block, 1, i), _byte(block, 0)
+    size = code & 7
+    doubled = tl.where(size < 2, size, (((size & 1) | 2) << (size >> 1)) >> 1)
+    least = 0x200000 << tl.minimum(exponent, 1)
+    bits = tl.where(exponent < 2, least, (exponent - 1) << 23)
+    number = tl.where(code < 8, doubled, -doubled)
+    return bits.to(tl.float32, bitcast=True) * number.to(tl.float32)
+
+
 BLOCK_DECODERS = {
     "q4_0": _q4_0,
     "q4_1": _q4_1,
@@ -115,4 +127,5 @@ BLOCK_DECODERS = {
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
+    "mxfp4": _mxfp4,
 }

@@ -24,7 +24,7 @@ from sl_serve.weights.wrapped import WrappedCheckpoint
 MAX_NAME_CHARS = 200
 log = logging.getLogger(__name__)
 
-Matrix = PackedMatrix | blocks.StoredBlocks
+Matrix = PackedMatrix | mxfp4.ExpertMatrix | blocks.StoredBlocks
 Layout = Callable[[HfFolder, Fields, torch.dtype], Mapping[str, Matrix]]
 _LAYOUTS: Mapping[str, Layout] = {
     "gptq": gptq.matrices,

@@ -10,13 +10,20 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from sl_serve.config import RopeConfig
 from sl_serve.weights.gguf_rope import LLAMA3_FACTORS, llama3_rope_factors
 from tests.models import tiny_opt, write_tokenizer
 from tests.weights.fuzz.sample import GgufParts, Sample
-from tests.weights.published_models import awq, gptq, one_byte, pack_quantized, write_stored_blocks
+from tests.weights.published_models import (
+    awq,
+    gptq,
+    one_byte,
+    pack_experts,
+    pack_quantized,
+    write_stored_blocks,
+)
 from tests.weights.published_models import write as write_published
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
 
@@ -92,7 +99,11 @@ def _published(root: Path) -> list[Sample]:
         (root / name).mkdir()
         write_published(root / name, pack, settings, **sizes)
     write_stored_blocks(root / "stored-blocks", "int4_g32_min", **sizes)
-    return [_sample(root / name) for name in (*of_name, "stored-blocks")]
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
+    GptOssForCausalLM(GptOssConfig(**sizes, **experts)).save_pretrained(root / "mxfp4")
+    write_tokenizer(root / "mxfp4")
+    pack_experts(root / "mxfp4")
+    return [_sample(root / name) for name in (*of_name, "stored-blocks", "mxfp4")]
 
 
 def _folder(path: Path, model: PreTrainedModel, **options: Any) -> Sample:
