@@ -1,12 +1,15 @@
 """A pass over a model, one layer in memory at a time: what enters each matrix, and what it becomes.
 
 Within a layer, matrices are quantised in the order in which they are used, and each sees what those
-before it have become; so does the next layer.
+before it have become; so does the next layer. Experts come last, one in memory at a time, each with
+the tokens that chose it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -17,18 +20,22 @@ from sl_serve.models.rope import Rotations
 from sl_serve.ops import TorchOps
 from sl_serve.ops.scored_attention import scored_attention
 from sl_serve.quantising.gptq import gptq
+from sl_serve.routing import joined, run_experts, shares
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.groups import GROUP_FORMATS, Grouped, GroupFormat
-from sl_serve.weights.host import load_image, load_static
+from sl_serve.weights.host import load_expert, load_image, load_static
 from sl_serve.weights.layout import LayerLayout, Param, source_name
 from sl_serve.weights.quantised import Weight
 
 PASS_TOKENS = 2048  # at once: what they take stays small beside a layer
+# Fewer tokens of an expert's say too little of those to come: it is rounded to nearest.
+MIN_EXPERT_TOKENS = 32
 
 Blocks = dict[str, torch.Tensor]  # checkpoint name -> uint8 (out, row_bytes)
+Ask = Callable[[slice, Routed], torch.Tensor]  # of which tokens, and what
 
 
-class _InputSeenError(Exception):
+class _EnoughSeenError(Exception):
     """The rest of the layer is not needed."""
 
 
@@ -56,11 +63,15 @@ class _WatchingOps(TorchOps):
     def _see(self, x: torch.Tensor, w: Weight) -> None:
         if w is self.watched:
             self.hessian.addmm_(x.t(), x)
-            raise _InputSeenError
+            raise _EnoughSeenError
 
 
-def _no_experts(_: Routed) -> torch.Tensor:
-    raise AssertionError("models with experts are refused before")
+def _enough(_part: slice, _routed: Routed) -> torch.Tensor:
+    raise _EnoughSeenError
+
+
+def _given(given: torch.Tensor, part: slice, _routed: Routed) -> torch.Tensor:
+    return given[part]
 
 
 class CalibratedLayers:
@@ -72,6 +83,8 @@ class CalibratedLayers:
         self._config = checkpoint.config
         self._family = load_family(self._config.family)
         self._params = self._family.layer_params(self._config)
+        self._layout = self._layout_of(self._params)
+        self._expert_memory = host_empty(max(1, self._layout.expert_bytes))
         self._ops = _WatchingOps()
         self._length = windows.shape[1]
         positions = torch.arange(self._length).repeat(len(windows))
@@ -81,25 +94,76 @@ class CalibratedLayers:
         self._hidden = self._embedded(windows.flatten(), positions)
 
     def __iter__(self) -> Iterator[Blocks]:
-        layout = LayerLayout(self._params, torch.float32)
+        layout = self._layout_of([p for p in self._params if not p.n_experts])
         image = host_empty(layout.image_bytes)
-        views = layout.views(image, 0)
         for layer in range(self._config.n_layers):
             load_image(self._checkpoint, layout, layer, image)
-            yield self._quantise(layer, views)
-            self._run(layer, views, self._hidden)
+            views = layout.views(image, layer)
+            see = partial(self._see, layer, views, _enough)
+            blocks = self._quantise(layer, None, views, see, len(self._hidden))
+            given = self._experts_gave(layer, views, blocks)
+            yield blocks
+            self._run(layer, views, self._hidden, partial(_given, given))
 
-    def _quantise(self, layer: int, views: Mapping[str, Weight]) -> Blocks:
-        """The layer's matrices, which in `views` become what they are quantised to."""
+    def _layout_of(self, params: Sequence[Param]) -> LayerLayout:
+        return LayerLayout(params, torch.float32, n_layers=self._config.n_layers)
+
+    def _experts_gave(
+        self, layer: int, views: Mapping[str, Weight], blocks: Blocks
+    ) -> torch.Tensor:
+        """(tokens, hidden_size), after they were quantised into `blocks`; of a layer without
+        experts nothing."""
+        if not any(p.n_experts and p.is_in(layer) for p in self._params):
+            return torch.empty(0)
+        asked: list[Routed] = []
+
+        def note(_part: slice, routed: Routed) -> torch.Tensor:
+            asked.append(Routed(*(t.clone() for t in routed)))
+            raise _EnoughSeenError
+
+        self._see(layer, views, note)
+        routed = joined(asked)
+        return run_experts(routed, shares(routed), partial(self._expert, layer, blocks))
+
+    def _expert(self, layer: int, blocks: Blocks, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """What it makes of its tokens x (n, hidden_size), quantised."""
+        is_known = len(x) >= MIN_EXPERT_TOKENS
+        source = self._checkpoint if is_known else self._target
+        load_expert(source, self._layout, layer, expert, self._expert_memory)
+        views = self._layout.expert_views(self._expert_memory, layer, expert)
+        make = partial(self._family.expert, self._config, self._ops, views)
+        parts = torch.split(x, PASS_TOKENS)
+
+        def see() -> None:
+            for part in parts:
+                with suppress(_EnoughSeenError):
+                    make(part)
+
+        if is_known:
+            blocks |= self._quantise(layer, expert, views, see, len(x))
+        return torch.cat([make(part).clone() for part in parts])
+
+    def _quantise(
+        self,
+        layer: int,
+        expert: int | None,
+        views: Mapping[str, Weight],
+        see: Callable[[], None],
+        n_tokens: int,
+    ) -> Blocks:
+        """The matrices in `views`, which there become what they are quantised to. `see` passes
+        tokens, so many, through them."""
         blocks: Blocks = {}
         for param in self._params:
-            sources = [source_name(s, layer) for s in param.sources]
+            if not param.is_in(layer) or expert not in param.owners:
+                continue
+            sources = [source_name(s, layer, expert) for s in param.sources]
             groups = self._groups(param, sources[0])
             if groups is None:
                 continue
             w = views[param.name]
             assert isinstance(w, torch.Tensor)
-            packed = groups.pack(self._rounded(layer, views, w, groups))
+            packed = groups.pack(self._rounded(layer, w, groups, see, n_tokens))
             w.t().copy_(groups.format.widen(packed))
             parts = torch.split(packed, list(param.source_rows))
             blocks |= dict(zip(sources, parts, strict=True))
@@ -109,18 +173,26 @@ class CalibratedLayers:
         return GROUP_FORMATS.get(self._target.format(source).name) if param.is_matrix else None
 
     def _rounded(
-        self, layer: int, views: Mapping[str, Weight], w: torch.Tensor, groups: GroupFormat
+        self,
+        layer: int,
+        w: torch.Tensor,
+        groups: GroupFormat,
+        see: Callable[[], None],
+        n_tokens: int,
     ) -> Grouped:
         self._ops.watch(w)
-        self._run(layer, views, self._hidden.clone())
-        hessian = self._ops.hessian.div_(len(self._hidden))
+        see()
+        hessian = self._ops.hessian.div_(n_tokens)
         self._ops.watched = None
         try:
             return gptq(w.contiguous(), hessian, groups.group)
         except UserError as error:
             raise UserError(f"layer {layer}: {error}") from None
 
-    def _run(self, layer: int, views: Mapping[str, Weight], hidden: torch.Tensor) -> None:
+    def _see(self, layer: int, views: Mapping[str, Weight], ask: Ask) -> None:
+        self._run(layer, views, self._hidden.clone(), ask)
+
+    def _run(self, layer: int, views: Mapping[str, Weight], hidden: torch.Tensor, ask: Ask) -> None:
         """Pass `hidden` (tokens, hidden_size) through the layer, in place."""
         n_part = max(1, PASS_TOKENS // self._length) * self._length
         for start in range(0, len(hidden), n_part):
@@ -128,10 +200,8 @@ class CalibratedLayers:
             ropes = [RopeTable(table.cos[part], table.sin[part]) for table in self._ropes]
             x = hidden[part]
             block = self._family.block(self._config, self._ops, layer, views, x, ropes)
-            try:
-                run_block(block, self._attend, _no_experts)
-            except _InputSeenError:
-                continue
+            with suppress(_EnoughSeenError):
+                run_block(block, self._attend, partial(ask, part))
 
     def _attend(self, new: NewTokens) -> torch.Tensor:
         q, k, v = (

@@ -39,12 +39,10 @@ def quantise_model(
 
     Raises UserError, CheckpointError."""
     check_weights(weights)
-    config = checkpoint.config
-    if config.n_experts or config.family == GENERIC:
-        kind = "with experts" if config.n_experts else "that run through transformers' modules"
+    if checkpoint.config.family == GENERIC:
         raise UserError(
-            f"{checkpoint.path}: models {kind} cannot be calibrated; serve it as it is, with "
-            f"--weights {weights}"
+            f"{checkpoint.path}: models that run through transformers' modules cannot be "
+            f"calibrated; serve it as it is, with --weights {weights}"
         )
     target = with_weights(checkpoint, weights)
     parts = _parts(checkpoint)
@@ -68,8 +66,10 @@ def _parts(checkpoint: Checkpoint) -> list[list[str]]:
     family = load_family(config.family)
     params, static = family.layer_params(config), family.static_tensors(config)
     check_checkpoint(checkpoint, params, dict(static.values()))
-    templates = [source for param in params for source in param.sources]
-    layers = [[source_name(t, i) for t in templates] for i in range(config.n_layers)]
+    layers = [
+        [source_name(s, i, e) for p in params if p.is_in(i) for e in p.owners for s in p.sources]
+        for i in range(config.n_layers)
+    ]
     return [sorted({source for source, _ in static.values()}), *layers]
 
 

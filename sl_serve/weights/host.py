@@ -11,7 +11,7 @@ import torch
 from sl_serve.host_memory import Allocate, host_empty
 from sl_serve.weights.checkpoint import Checkpoint, check_tensors
 from sl_serve.weights.formats import Format, plain
-from sl_serve.weights.layout import LayerLayout, Param, source_name
+from sl_serve.weights.layout import LayerLayout, Param, Segment, source_name
 from sl_serve.weights.quantised import QuantisedRows, Rows
 
 WIDENED_ROWS = 1024  # at a time: what that takes stays small beside the matrix
@@ -35,8 +35,26 @@ def load_image(
     checkpoint: Checkpoint, layout: LayerLayout, layer: int, image: torch.Tensor
 ) -> None:
     """Fill an image tensor by tensor: never more than one tensor beside it."""
-    for segment in layout.segments(layer):
-        end, format = segment.offset_bytes, segment.format
+    _load(checkpoint, layout.segments(layer), layer, image, 0)
+
+
+def load_expert(
+    checkpoint: Checkpoint, layout: LayerLayout, layer: int, expert: int, memory: torch.Tensor
+) -> None:
+    """As `load_image`, of one expert; `memory` begins with its bytes."""
+    own = [s for s in layout.segments(layer) if s.expert == expert]
+    _load(checkpoint, own, layer, memory, layout.expert_range(layer, expert).start)
+
+
+def _load(
+    checkpoint: Checkpoint,
+    segments: Sequence[Segment],
+    layer: int,
+    image: torch.Tensor,
+    first_byte: int,
+) -> None:
+    for segment in segments:
+        end, format = segment.offset_bytes - first_byte, segment.format
         for i in segment.sources:
             start, end = end, end + segment.param.source_bytes(i, format)
             read_tensor(checkpoint, segment.source(i, layer), format, image[start:end])

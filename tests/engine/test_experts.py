@@ -18,14 +18,12 @@ from sl_serve.config import EngineConfig, SchedulerConfig
 from sl_serve.core import SamplingParams
 from sl_serve.device import Device, SimDevice, Stream
 from sl_serve.device.sim import HardwareProfile, SlotReuseError
-from sl_serve.errors import UserError
 from sl_serve.expert_share import MOST_ROUTED_SHARE, is_routed, touched_share
 from sl_serve.loader import Parts
 from sl_serve.models import Routed
 from sl_serve.ops import TorchOps
 from sl_serve.plan.kv_size import MARGIN_SHARE
 from sl_serve.plan.memory import MemoryPlan
-from sl_serve.quantising.run import quantise_model
 from sl_serve.routing import joined, run_experts, shares
 from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.dummy import open_dummy
@@ -327,14 +325,6 @@ def leave_on_disk(monkeypatch: pytest.MonkeyPatch, n_layers: int) -> None:
         return replace(plan_memory(*args), n_disk_layers=n_layers)
 
     monkeypatch.setattr(loader, "plan_memory", plan)
-
-
-def test_calibration_is_refused(qwen: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(qwen)
-    windows = torch.zeros(1, 8, dtype=torch.int64)
-    with pytest.raises(UserError, match=r"experts cannot be calibrated; .*--weights int4"):
-        quantise_model(checkpoint, "int4", windows, tmp_path / "out", lambda: None)
-    checkpoint.close()
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
