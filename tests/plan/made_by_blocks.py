@@ -34,7 +34,7 @@ def made(model: ModelConfig, ops: TorchOps, n_tokens: int) -> tuple[int, int]:
     """By a pass over all layers: the most bytes at once, and those outside buffers while one
     waits."""
     family, x = load_family(model.family), torch.randn(n_tokens, model.hidden_size)
-    ropes = [RopeTable(*torch.randn(2, n_tokens, n)) for n in model.rotated_pairs]
+    ropes = [RopeTable(*torch.rand(2, n_tokens, n)) for n in model.rotated_pairs]
     params, given = family.layer_params(model), torch.randn(x.shape)
     layers: list[LayerWeights] = [
         {p.name: random_tensor(p) for p in params if p.is_in(layer) and not p.n_experts}
