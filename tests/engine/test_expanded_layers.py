@@ -21,7 +21,7 @@ from sl_serve.loader import Parts, plan_checkpoint
 from sl_serve.ops import TorchOps, torch_ops
 from sl_serve.ops.torch_ops import EXPANDED_ELEMENTS
 from sl_serve.plan import step_memory
-from sl_serve.plan.activations import _PeakBytes
+from sl_serve.plan.activations import PeakBytes
 from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.memory import MemoryPlan
 from sl_serve.weights.checkpoint import open_checkpoint
@@ -284,7 +284,7 @@ def test_widening_takes_no_more_than_is_planned(format: object) -> None:
 
     assert isinstance(format, Format)
     rows = torch.zeros(8, format.row_bytes(4096), dtype=torch.uint8)
-    with torch.inference_mode(), _PeakBytes() as alive:
+    with torch.inference_mode(), PeakBytes() as alive:
         widened = format.widen(rows)
     assert 0 < alive.peak_bytes <= WIDENING_BYTES * widened.numel()
 

@@ -19,7 +19,7 @@ from sl_serve.errors import MemoryBudgetError
 from sl_serve.hidden import ResidentHidden, SwappedHidden
 from sl_serve.loader import Parts, load, plan_checkpoint
 from sl_serve.ops import device_ops
-from sl_serve.plan.activations import _PeakBytes
+from sl_serve.plan.activations import PeakBytes
 from sl_serve.plan.fit import _Fit, plan_memory
 from sl_serve.plan.kv_size import MARGIN_SHARE
 from sl_serve.plan.memory import MemoryPlan
@@ -387,8 +387,7 @@ def test_a_step_takes_no_more_of_the_device_than_is_planned(
         parts.residents, memory.prefill_tokens, memory.n_sub_batches, memory.max_sub_batch_tokens
     )
     known += [*parts.sweep.static.values(), parts.head._buffer]
-    alive = _PeakBytes()
-    alive._known.update(t.untyped_storage() for t in known)
+    alive = PeakBytes(known)
     with torch.inference_mode(), alive:
         hidden = parts.sweep.run(plan, parts.residents.slabs)
         for part, states in zip(plan.sub_batches, hidden, strict=True):
