@@ -48,7 +48,7 @@ def run(command: str, **options: object) -> subprocess.CompletedProcess[str]:
         text=True,
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=300,
         **options,  # type: ignore[call-overload]
     )
 
