@@ -21,14 +21,19 @@ from sl_serve.models import NewTokens, RopeTable, Routed, load_family, run_block
 from sl_serve.ops import TorchOps
 from sl_serve.plan.model_sizes import LinearBytes
 from sl_serve.weights.layout import LayerWeights, Param, largest_layer
+from sl_serve.weights.quantised import Weight
 
 PROBE_TOKENS = (128, 512)
 
 
 def fit_activations(model: ModelConfig, dtype: torch.dtype) -> LinearBytes:
     """Of one layer's pass over a sub-batch, its hidden states and rotary tables included."""
+    return line_through(*(activation_bytes(model, dtype, n) for n in PROBE_TOKENS))
+
+
+def line_through(bytes_few: int, bytes_many: int) -> LinearBytes:
+    """From those of each of PROBE_TOKENS."""
     few, many = PROBE_TOKENS
-    bytes_few, bytes_many = (activation_bytes(model, dtype, n) for n in PROBE_TOKENS)
     per_token = (bytes_many - bytes_few) / (many - few)
     return LinearBytes(per_token, bytes_few - few * per_token)
 
@@ -36,7 +41,7 @@ def fit_activations(model: ModelConfig, dtype: torch.dtype) -> LinearBytes:
 def activation_bytes(model: ModelConfig, dtype: torch.dtype, n_tokens: int) -> int:
     """The most bytes alive at once while one layer is computed for n_tokens tokens, all of which
     may ask the same expert."""
-    family, ops = load_family(model.family), TorchOps(dtype)
+    family, ops = load_family(model.family), ShapeOps(dtype)
     params = family.layer_params(model)
     layer = largest_layer(params, model.n_layers)
     present = [p for p in params if p.is_in(layer)]
@@ -65,6 +70,21 @@ def _attend(new: NewTokens) -> torch.Tensor:
     return torch.empty_like(new.q, memory_format=torch.contiguous_format).flatten(1)
 
 
+class ShapeOps(TorchOps):
+    """Without products, which leave nothing beside their buffers: on the meta device torch imports
+    its compiler for them, and that takes longer than all the rest."""
+
+    def linear(
+        self, name: str, x: torch.Tensor, w: Weight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self._scratch(name, len(x), w.shape[1])
+
+    def add_linear_(
+        self, x: torch.Tensor, h: torch.Tensor, w: Weight, bias: torch.Tensor | None
+    ) -> None:
+        pass
+
+
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches every tensor that is made, until its memory would be given back. `given`: those
     that are there before, and do not count."""
@@ -73,6 +93,11 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = self.alive_bytes = 0
         self._known = weakref.WeakSet(x.untyped_storage() for x in given)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler at the first operation, which takes 2 s."""
+        return False
 
     def __torch_dispatch__(
         self,

@@ -13,8 +13,13 @@ from torch.nn import functional as F
 
 from sl_serve.config import EngineConfig, ModelConfig
 from sl_serve.models import NewTokens, RopeTable, Routed, load_family, run_block
-from sl_serve.ops import TorchOps
-from sl_serve.plan.activations import PROBE_TOKENS, PeakBytes, empty_weights
+from sl_serve.plan.activations import (
+    PROBE_TOKENS,
+    PeakBytes,
+    ShapeOps,
+    empty_weights,
+    line_through,
+)
 from sl_serve.plan.model_sizes import LinearBytes
 from sl_serve.weights.layout import Param
 
@@ -34,13 +39,7 @@ class BlockMemory:
 def block_memory(model: ModelConfig, config: EngineConfig) -> BlockMemory:
     """Upper bounds, whatever the layer: everything that a layer makes is linear in its tokens."""
     few, many = (_measured(model, config, n) for n in PROBE_TOKENS)
-    return BlockMemory(*(_line(*pair) for pair in zip(few, many, strict=True)))
-
-
-def _line(bytes_few: int, bytes_many: int) -> LinearBytes:
-    few, many = PROBE_TOKENS
-    per_token = (bytes_many - bytes_few) / (many - few)
-    return LinearBytes(per_token, bytes_few - few * per_token)
+    return BlockMemory(*(line_through(*pair) for pair in zip(few, many, strict=True)))
 
 
 def _measured(model: ModelConfig, config: EngineConfig, n_tokens: int) -> tuple[int, int, int]:
@@ -61,7 +60,7 @@ def _of_layers(model: ModelConfig, ops: _Probe, x: torch.Tensor) -> tuple[int, i
         for layer in _one_of_each_kind(params, model.n_layers)
     }
     ropes = [RopeTable(*torch.empty(2, len(x), n)) for n in model.rotated_pairs]
-    from_experts = torch.empty_like(x)
+    from_experts = torch.empty(x.shape, dtype=x.dtype)
 
     def run(attend: Attend, ask: Ask) -> None:
         for layer, weights in layers.items():
@@ -100,7 +99,7 @@ def _one_of_each_kind(params: Sequence[Param], n_layers: int) -> list[int]:
     return sorted(kinds.values())
 
 
-class _Probe(TorchOps):
+class _Probe(ShapeOps):
     """The twins; attention's results lie in a buffer of their own."""
 
     def attended(self, new: NewTokens) -> torch.Tensor:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +56,20 @@ def test_no_layer_makes_more_than_is_planned(family: str, variant: str, kind: st
 def test_without_experts_none_are_planned_for() -> None:
     planned = block_memory(settings("llama", ""), CONFIGS["native"])
     assert planned.expert.at(N_TOKENS) == 0
+
+
+BY_ITSELF = """
+import pickle, sys
+from sl_serve.config import EngineConfig
+from sl_serve.plan.block_memory import block_memory
+block_memory(pickle.load(open(sys.argv[1], "rb")), EngineConfig())
+print(sorted({"sympy", "torch._dynamo"} & set(sys.modules)))
+"""
+
+
+def test_measuring_does_not_import_torchs_compiler(tmp_path: Path) -> None:
+    """That takes two seconds of every start."""
+    model = tmp_path / "model"
+    model.write_bytes(pickle.dumps(settings("llama", "")))
+    command = [sys.executable, "-c", BY_ITSELF, str(model)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[]\n"
