@@ -95,9 +95,14 @@ class ModelConfig:
         return self.n_kv_heads * self.head_dim
 
     @property
+    def n_kv_kinds(self) -> int:
+        """Kept of a token at a head: a key and a value, or what is both."""
+        return 1 if self.values_are_keys else 2
+
+    @property
     def n_kv_lines(self) -> int:
-        """Kept of a token at a layer: of each head a key and a value, of head_dim numbers each."""
-        return self.n_kv_heads * (1 if self.values_are_keys else 2)
+        """Kept of a token at a layer, of head_dim numbers each."""
+        return self.n_kv_heads * self.n_kv_kinds
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ class KVSpec:
     format: KVFormat
     chunk_tokens: int
     order: KVOrder
-    values_are_keys: bool = False  # one line of a head serves as both
+    n_kinds: int = 2  # lines of a head: K and V, or one that is both
 
     def __post_init__(self) -> None:
         assert self.chunk_tokens & (self.chunk_tokens - 1) == 0, "chunk_tokens: a power of two"
@@ -72,11 +72,6 @@ class KVSpec:
     def heads_bytes(self) -> int:
         """K or V of all heads of one token."""
         return self.n_kv_heads * self.line_bytes
-
-    @property
-    def n_kinds(self) -> int:
-        """K and V, or what is both."""
-        return 1 if self.values_are_keys else 2
 
     @property
     def token_layer_bytes(self) -> int:

@@ -210,7 +210,7 @@ class WindowedKV:
                 lines[:, i] = write_lines(x, spec.format)
             return
         numbers = staged.view(self._dtype).view(*shape, spec.head_dim)
-        if spec.values_are_keys:
+        if spec.n_kinds == 1:
             numbers[:, 0] = k
         else:
             self._ops.pack_kv(k, v, numbers)

@@ -99,7 +99,7 @@ def read_sizes(
         activations=fit_activations(model, compute),
         expanded_layer_bytes=layout.expanded_bytes if has_device else 0,
         stored_kv_bytes=model.n_kv_lines * kv.line_bytes(model.head_dim) if kv else None,
-        values_are_keys=model.values_are_keys,
+        n_kv_kinds=model.n_kv_kinds,
         experts_bytes=model.n_experts * layout.expert_bytes,
         n_experts=model.n_experts,
         experts_per_token=model.experts_per_token,

@@ -42,7 +42,7 @@ class ModelSizes:
     activations: LinearBytes  # of one layer's pass over a sub-batch, its hidden states included
     expanded_layer_bytes: int = 0  # on a device, of a layer that is not computed with as stored
     stored_kv_bytes: int | None = None  # K and V of a token at one layer; None: as computed with
-    values_are_keys: bool = False  # kept once
+    n_kv_kinds: int = 2  # K and V, or what is both
     experts_bytes: int = 0  # of layer_bytes, those of its experts
     n_experts: int = 0
     experts_per_token: int = 0
@@ -74,7 +74,7 @@ class ModelSizes:
     @property
     def device_kv_token_layer_bytes(self) -> int:
         """As a device with memory of its own reads it."""
-        return (1 if self.values_are_keys else 2) * self.kv_size * self.itemsize
+        return self.n_kv_kinds * self.kv_size * self.itemsize
 
     @property
     def kv_is_expanded(self) -> bool:

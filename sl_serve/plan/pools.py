@@ -58,7 +58,7 @@ class KVPools:
             self.format,
             chunk_tokens,
             self.order,
-            model.values_are_keys,
+            model.n_kv_kinds,
         )
 
     def device_spec(self, pool_bytes: int) -> KVSpec:

@@ -237,7 +237,7 @@ def _rows(
         format,
         context,
         order="row",
-        values_are_keys=model.values_are_keys,
+        n_kinds=model.n_kv_kinds,
     )
     memory = host_empty(n_rows * spec.chunk_bytes)
     # Small numbers in any format. Zeros would share one page, and then be read from cache.

@@ -37,7 +37,7 @@ from tests.engine.test_gguf_weights import MIXED, write_in_blocks
 from tests.weights.blocks import Kind, random_rows
 from tests.weights.tiny_models import tiny_llama, write_tiny_gguf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "layers_measured_once")
 
 N_LAYERS = 4
 PROMPTS = random_prompts(4, longest=40, seed=4)

@@ -37,6 +37,7 @@ from tests.engine.running import (
 )
 from tests.models import write_tiny_llama
 
+pytestmark = pytest.mark.usefixtures("layers_measured_once")
 N_ROWS = 14
 PROMPTS = random_prompts(N_ROWS, longest=30, seed=7)
 SHORT = replace(GREEDY, max_tokens=8)

@@ -26,7 +26,7 @@ def reshaped(draw: st.DrawFn, orders: tuple[KVOrder, ...] = ORDERS) -> tuple[KVS
         format=draw(st.sampled_from([*KV_FORMATS.values()])),
         chunk_tokens=1 << chunk_log,
         order=draw(st.sampled_from(orders)),
-        values_are_keys=draw(st.booleans()),
+        n_kinds=draw(st.integers(1, 2)),
     )
     return spec, 1 << width_log
 
@@ -34,16 +34,12 @@ def reshaped(draw: st.DrawFn, orders: tuple[KVOrder, ...] = ORDERS) -> tuple[KVS
 def byte_addresses(spec: KVSpec, width: int, positions: range) -> list[int]:
     """Every byte of K and V of all rows at `positions`, in one layer's region of a chunk."""
     strides = spec.strides(width)
-    heads = product(positions, range(width), range(n_kinds(spec)), range(spec.n_kv_heads))
+    heads = product(positions, range(width), range(spec.n_kinds), range(spec.n_kv_heads))
     starts = [
         p * strides.position + row * strides.row + kv * strides.kv + head * strides.head
         for p, row, kv, head in heads
     ]
     return [start + byte for start in starts for byte in range(spec.line_bytes)]
-
-
-def n_kinds(spec: KVSpec) -> int:
-    return 1 if spec.values_are_keys else 2
 
 
 @FEW
@@ -69,8 +65,8 @@ def test_axes_nest_in_the_order_of_the_name(case: tuple[KVSpec, int]) -> None:
     sizes = {"position": spec.positions(width), "kv": 2, "row": width, "head": spec.n_kv_heads}
     sizes["byte"] = spec.line_bytes
     strides = {**spec.strides(width)._asdict(), "byte": 1}
-    axes = [axis for axis in AXES[spec.order] if axis != "kv" or not spec.values_are_keys]
-    assert not spec.values_are_keys or strides["kv"] == 0
+    axes = [axis for axis in AXES[spec.order] if axis != "kv" or spec.n_kinds == 2]
+    assert spec.n_kinds == 2 or strides["kv"] == 0
     nested = np.empty([sizes[axis] for axis in axes], dtype=np.uint8)
     assert tuple(strides[axis] for axis in axes) == nested.strides
 
@@ -111,7 +107,7 @@ def test_row_order_keeps_the_keys_of_a_head_in_one_run(case: tuple[KVSpec, int])
 @given(reshaped())
 def test_a_chunk_holds_as_many_bytes_as_its_tokens_need(case: tuple[KVSpec, int]) -> None:
     spec, width = case
-    lines = spec.n_layers * n_kinds(spec) * spec.n_kv_heads
+    lines = spec.n_layers * spec.n_kinds * spec.n_kv_heads
     assert spec.token_bytes == lines * spec.format.line_bytes(spec.head_dim)
     assert spec.chunk_bytes == spec.positions(width) * width * spec.token_bytes
 

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import re
 from collections import namedtuple
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from sl_serve.device import SimDevice
 from sl_serve.errors import MemoryBudgetError, UserError
 from sl_serve.kv.formats import KV_FORMATS
 from sl_serve.loader import load
-from sl_serve.plan.block_memory import BlockMemory, block_memory
 from sl_serve.plan.budget import available_bytes, exact_size, gib, parse_size
 from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.kv_size import MARGIN_SHARE
@@ -28,6 +25,8 @@ from sl_serve.plan.pools import KVPools
 from sl_serve.plan.step_memory import DEFAULT_PREFILL_TOKENS
 from sl_serve.sched.residents import Residents
 from sl_serve.weights.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.usefixtures("layers_measured_once")
 
 FEW = settings(derandomize=True, max_examples=150, deadline=None)
 MIB, GIB = 1 << 20, 1 << 30
@@ -53,21 +52,6 @@ def plan(
     available: int, config: EngineConfig | None = None, sizes: WeightSizes = SIZES
 ) -> MemoryPlan:
     return plan_memory(MODEL, config or EngineConfig(), sizes, "position", available)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def layers_measured_once() -> Iterator[None]:
-    """For each model and kind of operations: these tests plan a thousand times."""
-    found = cache(lambda model, **settings: block_memory(model, EngineConfig(**settings)))
-
-    def measured(model: ModelConfig, config: EngineConfig) -> BlockMemory:
-        of_it = found(model, device=config.device, native=config.native, dtype=config.dtype)
-        assert isinstance(of_it, BlockMemory)
-        return of_it
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("sl_serve.plan.fit.block_memory", measured)
-        yield
 
 
 def usable(available: int) -> int:

@@ -67,14 +67,13 @@ def sub_batches(slabs: Sequence[Slab], position: int) -> list[SubBatchPlan]:
 
 @pytest.mark.parametrize("look_ahead", [0, 1])
 @pytest.mark.parametrize("n_slabs", [1, 3])
-@pytest.mark.parametrize("values_are_keys", [False, True])
+@pytest.mark.parametrize("n_kinds", [1, 2])
 def test_what_leaves_in_a_step_comes_down_in_the_next(
-    look_ahead: int, n_slabs: int, values_are_keys: bool
+    look_ahead: int, n_slabs: int, n_kinds: int
 ) -> None:
     """More cells than staging buffers, over steps that cross a chunk."""
     assert N_LAYERS > HOST_STAGING_BUFFERS
-    spec = replace(SPEC, values_are_keys=values_are_keys)
-    n_kinds = 1 if values_are_keys else 2
+    spec = replace(SPEC, n_kinds=n_kinds)
     shape = (N_LAYERS, 32 // WIDTH, n_kinds, WIDTH, N_HEADS, HEAD_DIM)  # of a chunk
     n_steps = 32 // WIDTH + 3
     slabs = [Slab(i, WIDTH, 32 // WIDTH) for i in range(n_slabs)]
