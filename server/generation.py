@@ -51,18 +51,19 @@ def is_visible(out: TokenOut, body: GenerationBody) -> bool:
 async def generate(context: ServerContext, dialect: Dialect, request: Request) -> Response:
     work = await context.off_loop(dialect.convert, await request.body())
     await context.compile(work)
+    place = {"X-Queue-Position": str(context.engine.snapshot().n_waiting_requests)}
     job = context.start(work)
     record_of(request.scope).job = job
     if work.body.stream:
         events = _events(dialect, work, job)
-        return EventStream(events, context.settings.ping_s, lambda: context.finish(job))
+        return EventStream(events, context.settings.ping_s, lambda: context.finish(job), place)
     try:
         outs = await unless_gone(request.receive, job.results())
     finally:
         context.finish(job)
     usage = work.usage(job.n_completion_tokens)
     return await context.off_loop(
-        lambda: JsonResponse(dialect.collect(work, outs) | {"usage": usage})
+        lambda: JsonResponse(dialect.collect(work, outs) | {"usage": usage}, headers=place)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -58,8 +58,10 @@ class EventStream(Response):
         events: AsyncGenerator[bytes, None],
         ping_s: float,
         on_close: Callable[[], None],
+        headers: Mapping[str, str],
     ) -> None:
-        super().__init__(headers={"X-Accel-Buffering": "no", "Cache-Control": "no-cache"})
+        unbuffered = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+        super().__init__(headers={**unbuffered, **headers})
         del self.headers["content-length"]
         self._events = events
         self._ping_s = ping_s

@@ -119,6 +119,7 @@ class Engine:
             state=self._state,
             reason=self._reason,
             n_waiting=len(self._queue),
+            n_waiting_requests=self._queue.n_requests,
             n_running=max(0, n_requests - len(self._queue)),
             waiting_tokens=self._queue.n_tokens,
             kv_used_bytes=residents.used_bytes,

@@ -67,7 +67,8 @@ class EngineSnapshot:
     reason: str | None  # of a dead engine
     n_running: int
     n_waiting: int
-    waiting_tokens: int  # without those of batch jobs
+    n_waiting_requests: int  # of n_waiting, those that are not of batch jobs
+    waiting_tokens: int  # theirs
     n_steps: int
     n_parked_total: int  # rows set aside for want of KV memory or for better ones, later resumed
     prompt_tokens_total: int
@@ -157,6 +158,7 @@ class Totals:
         reason: str | None,
         n_running: int,
         n_waiting: int,
+        n_waiting_requests: int,
         waiting_tokens: int,
         kv_used_bytes: int,
         kv_total_bytes: int,
@@ -167,6 +169,7 @@ class Totals:
             reason=reason,
             n_running=n_running,
             n_waiting=n_waiting,
+            n_waiting_requests=n_waiting_requests,
             waiting_tokens=waiting_tokens,
             n_steps=self.n_steps,
             n_parked_total=self.n_parked,

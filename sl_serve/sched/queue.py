@@ -29,6 +29,11 @@ class WaitingQueue:
         return len(self._heap)
 
     @property
+    def n_requests(self) -> int:
+        """That wait, without the background's."""
+        return self._n_requests
+
+    @property
     def n_tokens(self) -> int:
         """Prompt and requested output tokens of what waits, without the background's."""
         return self._n_tokens

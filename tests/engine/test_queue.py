@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from sl_serve.config import QueueConfig
-from sl_serve.core import Request, SamplingParams
+from sl_serve.core import BACKGROUND_PRIORITY, Request, SamplingParams
 from sl_serve.errors import QueueFullError, RequestError
 from sl_serve.sched.queue import WaitingQueue
 
@@ -111,6 +111,11 @@ def test_tokens_waiting_return_to_zero() -> None:
     queue.push_back([requests[2]])
     assert len(names_in_order(queue)) == 6
     assert queue.n_tokens == 0
+
+
+def test_the_background_is_not_counted_among_the_requests() -> None:
+    queue = queue_of([ask("a"), ask("line", priority=BACKGROUND_PRIORITY), ask("b")])
+    assert (len(queue), queue.n_requests) == (3, 2)
 
 
 def test_drain_empties_the_queue_and_returns_all() -> None:

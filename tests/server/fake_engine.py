@@ -175,6 +175,7 @@ class FakeEngine:
             reason=self.reason,
             n_running=len(self.active),
             n_waiting=2,
+            n_waiting_requests=1,
             waiting_tokens=3,
             n_steps=self.n_steps,
             n_parked_total=4,

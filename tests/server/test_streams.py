@@ -76,7 +76,7 @@ async def test_stream_waits_for_its_reader() -> None:
         await may_send.acquire()
 
     closed: list[bool] = []
-    stream = EventStream(numbers(), 15, lambda: closed.append(True))
+    stream = EventStream(numbers(), 15, lambda: closed.append(True), {})
     task = asyncio.create_task(stream({}, never, send))
     await asyncio.sleep(0.05)
     assert len(produced) == 3  # the start and two events went out, the third one waits
@@ -106,7 +106,7 @@ async def test_stream_ends_when_the_client_goes_even_in_silence() -> None:
         await pinged.wait()
         return {"type": "http.disconnect"}
 
-    await EventStream(silence(), 0.01, lambda: ended.append("job"))({}, receive, send)
+    await EventStream(silence(), 0.01, lambda: ended.append("job"), {})({}, receive, send)
     assert ended == ["events", "job"]
 
 
@@ -240,3 +240,13 @@ def test_chunked_body_over_the_limit(start_live: Any) -> None:
                 yield b" " * 100
 
         assert httpx.post(live.url + PATH, content=pieces()).status_code == 413
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_says_how_many_requests_waited_before_it(
+    make_client: MakeClient, engine: FakeEngine, stream: bool
+) -> None:
+    waiting = engine.snapshot().n_waiting_requests
+    body = {"prompt": "a", "max_tokens": 1, "stream": stream}
+    answer = await make_client().post(PATH, json=body)
+    assert answer.headers["x-queue-position"] == str(waiting)
