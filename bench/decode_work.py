@@ -14,7 +14,7 @@ import torch
 from bench.cases import WARM_UP_TOKENS
 from bench.errors import BenchError
 from bench.measurement import peak_rss_bytes
-from sl_serve.config import EngineConfig, SchedulerConfig
+from sl_serve.config import ActivationName, EngineConfig, SchedulerConfig
 from sl_serve.core import Request, SamplingParams, TokenOut
 from sl_serve.engine import Engine
 from sl_serve.errors import EngineDeadError
@@ -25,8 +25,9 @@ from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.wrapped import WrappedCheckpoint
 
-Held = Literal["stored", "float32"]
-HELD: tuple[Held, ...] = ("stored", "float32")
+# rounded: as the file has it, with activations in 8 bits.
+Held = Literal["stored", "rounded", "float32"]
+HELD: tuple[Held, ...] = ("stored", "rounded", "float32")
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 48
 LEAST_TOKEN_ID = 3  # below it are ends and beginnings in many vocabularies
 
@@ -72,9 +73,10 @@ def measure(
     step_s: dict[str, list[float]] = {}
     checkpoint = open_model(model)
     try:
-        held_so: Checkpoint = checkpoint if held == "stored" else Widened(checkpoint)
+        held_so: Checkpoint = Widened(checkpoint) if held == "float32" else checkpoint
+        activations: ActivationName = "int8" if held == "rounded" else "float32"
         for n_rows in rows:
-            engine = open_engine(held_so, _config(n_rows, output_tokens))
+            engine = open_engine(held_so, _config(n_rows, output_tokens, activations))
             try:
                 step_s[str(n_rows)] = _decode_seconds(engine, n_rows, output_tokens)
                 plan = engine.plan
@@ -91,8 +93,9 @@ def measure(
     }
 
 
-def _config(n_rows: int, output_tokens: int) -> EngineConfig:
+def _config(n_rows: int, output_tokens: int, activations: ActivationName) -> EngineConfig:
     return EngineConfig(
+        activations=activations,
         max_model_len=PROMPT_TOKENS + output_tokens,
         scheduler=SchedulerConfig(max_rows=n_rows),
         queue=UNBOUNDED_QUEUE,

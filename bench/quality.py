@@ -20,6 +20,7 @@ N_TOKENS, WINDOW_TOKENS = 20_480, 512
 WEIGHTS = "int8,fp8,int4,int4-calibrated,int4_g128"
 KV_FORMATS = "bfloat16,int8,int4"
 BOTH = "int8:int8,int4:int8,int4:int4"
+ROUNDED = "auto,int4"
 
 
 def run(
@@ -29,6 +30,9 @@ def run(
     ] = WEIGHTS,
     kv: Annotated[str, typer.Option(help="KV formats, with weights as they are.")] = KV_FORMATS,
     both: Annotated[str, typer.Option(help="Pairs, such as int4:int8.")] = BOTH,
+    rounded: Annotated[
+        str, typer.Option(help="Weights that are multiplied with activations in 8 bits.")
+    ] = ROUNDED,
     text: Annotated[Path, typer.Option(help="What is read.", dir_okay=False)] = TEXT,
     tokens: Annotated[int, typer.Option(min=2, help="Of the text.")] = N_TOKENS,
     window: Annotated[int, typer.Option(min=2, help="Tokens read at once.")] = WINDOW_TOKENS,
@@ -44,7 +48,7 @@ def run(
         raise BenchError(f"{text}: cannot be read ({error.strerror})") from None
     report = {
         **about_now(),
-        **measure(model, content, variants(weights, kv, both), tokens, window),
+        **measure(model, content, variants(weights, kv, both, rounded), tokens, window),
     }
     Console().print(render(report))
     if json_path is not None:
@@ -53,8 +57,9 @@ def run(
         update_document(document, report)
 
 
-def variants(weights: str, kv: str, both: str) -> list[Variant]:
-    """Each weight format with float32 KV, each KV format with the weights as they are, pairs.
+def variants(weights: str, kv: str, both: str, rounded: str) -> list[Variant]:
+    """Each weight format with float32 KV, each KV format with the weights as they are, pairs; and
+    weights that are multiplied with activations in 8 bits.
 
     Raises BenchError for what is none of these."""
     found = [Variant(name, "float32") for name in _names(weights)]
@@ -64,6 +69,7 @@ def variants(weights: str, kv: str, both: str) -> list[Variant]:
         if not colon:
             raise BenchError(f"--both: '{pair}' is not WEIGHTS:KV")
         found.append(Variant(name, _kv(of_kv)))
+    found += [Variant(name, "float32", "int8") for name in _names(rounded)]
     return found
 
 

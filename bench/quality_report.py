@@ -10,13 +10,15 @@ from rich.table import Table
 from bench.errors import BenchError
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-TITLES = ("weights", "KV", "layers", "KV of a token", "perplexity", "/ float32", "KL", "same top")
-N_LEFT = 2  # columns of names
+NAMES = ("weights", "activations", "KV")
+FIGURES = ("layers", "KV of a token", "perplexity", "/ float32", "KL", "same top")
+TITLES = (*NAMES, *FIGURES)
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["weights"],
+        row["activations"],
         row["kv"],
         f"{row['weight_bytes'] / 1e6:.1f} MB",
         f"{row['kv_token_bytes'] / 1e3:.1f} kB",
@@ -29,15 +31,15 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def render(report: dict[str, Any]) -> Table:
     table = Table(title=f"{report['model']}, {report['tokens']:,} tokens", title_justify="left")
-    for i, title in enumerate(TITLES):
-        table.add_column(title, justify="left" if i < N_LEFT else "right")
+    for title in TITLES:
+        table.add_column(title, justify="left" if title in NAMES else "right")
     for row in report["variants"]:
         table.add_row(*cells(row))
     return table
 
 
 def markdown(report: dict[str, Any]) -> str:
-    rule = ["---"] * N_LEFT + ["---:"] * (len(TITLES) - N_LEFT)
+    rule = ["---"] * len(NAMES) + ["---:"] * len(FIGURES)
     lines = [TITLES, rule, *(cells(row) for row in report["variants"])]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

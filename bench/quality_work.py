@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from bench.errors import BenchError
 from bench.quality_calibrated import calibrated
-from sl_serve.config import EngineConfig, KVDTypeName, SchedulerConfig
+from sl_serve.config import ActivationName, EngineConfig, KVDTypeName, SchedulerConfig
 from sl_serve.core import Request, SamplingParams
 from sl_serve.llm import open_model
 from sl_serve.loader import load
@@ -29,10 +29,7 @@ BLOCK_LINES = 64  # of logits that are compared at a time, for all variants
 class Variant(NamedTuple):
     weights: str
     kv: KVDTypeName
-
-    @property
-    def name(self) -> str:
-        return f"{self.weights} + {self.kv} KV"
+    activations: ActivationName = "float32"
 
 
 REFERENCE = Variant("auto", "float32")
@@ -104,6 +101,7 @@ def engine_config(variant: Variant, window_tokens: int) -> EngineConfig:
         max_model_len=window_tokens,
         weights="auto" if variant.weights == CALIBRATED else variant.weights,
         kv_dtype=variant.kv,
+        activations=variant.activations,
         scheduler=scheduler,
     )
 
@@ -166,6 +164,7 @@ def _row(model: Model, sums: Divergence, reference: Divergence) -> dict[str, Any
         **asdict(sums),
         "weights": model.variant.weights,
         "kv": model.variant.kv,
+        "activations": model.variant.activations,
         "weight_bytes": model.weight_bytes,
         "kv_token_bytes": model.kv_token_bytes,
         "perplexity": sums.perplexity,

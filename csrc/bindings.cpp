@@ -106,10 +106,11 @@ class Core {
   }
 
   void gemm(uintptr_t a, int64_t a_stride, uintptr_t b, int64_t b_stride, Dtype b_dtype,
-            uintptr_t c, int64_t c_stride, bool accumulate, bool same_order, int64_t m, int64_t n,
-            int64_t k) const {
+            uintptr_t c, int64_t c_stride, bool accumulate, bool same_order, uintptr_t rounded,
+            int64_t m, int64_t n, int64_t k) const {
     kernels_->gemm({floats(a), reinterpret_cast<const void*>(b), floats(c), a_stride, b_stride,
-                    c_stride, m, n, k, b_dtype, accumulate, same_order, n_threads_});
+                    c_stride, m, n, k, b_dtype, accumulate, same_order, n_threads_,
+                    reinterpret_cast<sl::RoundedPart*>(rounded)});
   }
 
  private:
@@ -129,6 +130,9 @@ class Core {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // Some objects outlive the module where Python ends with threads; that is no news.
+  nb::set_leak_warnings(false);
+  m.attr("ROUNDED_PART_BYTES") = static_cast<int>(sizeof(sl::RoundedPart));
   m.attr("ROW_FIELDS") = static_cast<int>(sizeof(Row) / sizeof(int64_t));
   m.def("targets", &targets, "Instruction sets this processor can run, best first.");
   nb::enum_<Dtype>(m, "Dtype")

@@ -120,6 +120,13 @@ struct AttentionArgs {
   int n_threads;
 };
 
+// 32 numbers of a row, rounded: d * q.
+struct RoundedPart {
+  int8_t q[32];
+  float d;
+  float sum, sums[2];  // d times the sum of all q, and of each half
+};
+
 // c (m, n) = a (m, k) b^T, or c += a b^T; b is (n, k), as checkpoints have it. Strides in elements,
 // b's in blocks where it has blocks.
 struct GemmArgs {
@@ -132,6 +139,7 @@ struct GemmArgs {
   bool accumulate;
   bool same_order;  // of sums whatever m is, so that a row has the same bits in any company
   int n_threads;
+  RoundedPart* rounded;  // null, or room for a in 8 bits (m, k / 32): it is to be rounded to them
 };
 
 struct Kernels {

@@ -1,6 +1,7 @@
 from enum import Enum
 
 ROW_FIELDS: int
+ROUNDED_PART_BYTES: int
 
 class Dtype(Enum):
     float32 = ...
@@ -98,6 +99,7 @@ class Core:
         c_stride: int,
         accumulate: bool,
         same_order: bool,
+        rounded: int,
         m: int,
         n: int,
         k: int,

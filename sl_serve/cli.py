@@ -64,6 +64,7 @@ def serve(
     prefill_tokens: o.PrefillTokens = None,
     look_ahead: o.LookAhead = o.DEFAULTS.look_ahead,
     attention: o.Attention = "auto",
+    activations: o.Activations = "float32",
     threads: o.Threads = None,
     queue_requests: o.QueueRequests = QUEUE_DEFAULTS.max_requests,
     queue_tokens: o.QueueTokens = QUEUE_DEFAULTS.max_tokens,
@@ -106,6 +107,7 @@ def serve(
         prefill_tokens=prefill_tokens,
         look_ahead=look_ahead,
         attention=attention,
+        activations=activations,
         threads=threads,
         queue=QueueConfig(queue_requests, queue_tokens),
     )
@@ -144,6 +146,7 @@ def generate(
     disk_dir: o.DiskDir = None,
     max_model_len: o.MaxModelLen = None,
     attention: o.Attention = "auto",
+    activations: o.Activations = "float32",
     threads: o.Threads = None,
 ) -> None:
     """Continue one prompt with MODEL and print the text as it comes."""
@@ -173,6 +176,7 @@ def generate(
         prefill_tokens=None,
         look_ahead=o.DEFAULTS.look_ahead,
         attention=attention,
+        activations=activations,
         threads=threads,
         queue=QUEUE_DEFAULTS,
     )

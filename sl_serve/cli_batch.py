@@ -92,6 +92,7 @@ def run_batch(
     prefill_tokens: o.PrefillTokens = None,
     look_ahead: o.LookAhead = o.DEFAULTS.look_ahead,
     attention: o.Attention = "auto",
+    activations: o.Activations = "float32",
     threads: o.Threads = None,
 ) -> None:
     """Run every line of a file through MODEL. Ctrl-C loses nothing: --resume goes on."""
@@ -120,6 +121,7 @@ def run_batch(
         prefill_tokens=prefill_tokens,
         look_ahead=look_ahead,
         attention=attention,
+        activations=activations,
         threads=threads,
         queue=UNBOUNDED_QUEUE,
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sl_serve.config import (
+    ActivationName,
     AttentionPlacement,
     DeviceName,
     DTypeName,
@@ -157,6 +158,15 @@ Attention = Annotated[
         "--attention",
         "Who attends to KV in host memory. device: it crosses the link. host: the processor, "
         "beside it. auto: what is predicted to be faster where a GPU is tuned for, else device.",
+    ),
+]
+Activations = Annotated[
+    ActivationName,
+    _option(
+        SCHEDULE,
+        "--activations",
+        "What weights of 6 bits or fewer are multiplied with on the processor. int8: faster, and a "
+        "little less exact (docs/quality.md).",
     ),
 ]
 Threads = Annotated[int | None, _option(SCHEDULE, "--threads", "Default: one per core.", min=1)]
@@ -324,6 +334,7 @@ def engine_config(
     prefill_tokens: int | None,
     look_ahead: int,
     attention: AttentionPlacement,
+    activations: ActivationName,
     threads: int | None,
     queue: QueueConfig,
 ) -> EngineConfig:
@@ -340,6 +351,7 @@ def engine_config(
         device_memory_bytes=None if device_memory is None else parse_size(device_memory),
         disk_dir=disk_dir,
         attention=attention,
+        activations=activations,
         n_threads=threads,
         scheduler=SchedulerConfig(
             max_rows=max_rows or DEFAULTS.max_rows,

@@ -10,6 +10,8 @@ KVDTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 DeviceName = Literal["cpu", "cuda", "sim"]
 # Where KV in host memory is attended to. auto: the device, or what the planner found to be faster.
 AttentionPlacement = Literal["auto", "device", "host"]
+# What quantised weights are multiplied with.
+ActivationName = Literal["float32", "int8"]
 LoadFormat = Literal["auto", "dummy"]  # as the model's files are, or random weights of its shape
 
 
@@ -136,6 +138,7 @@ class EngineConfig:
     load_format: LoadFormat = "auto"
     weights: str = "auto"  # as the checkpoint has them; or a word of `with_weights`
     attention: AttentionPlacement = "auto"
+    activations: ActivationName = "float32"  # int8: on the processor, see ops/rounded.py
     n_threads: int | None = None
     native: bool = True  # False: the pure-torch twins even where the native core is built
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

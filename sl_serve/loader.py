@@ -110,7 +110,7 @@ def load(
     n_threads = config.n_threads or torch.get_num_threads()
     torch.set_num_threads(n_threads)
     device = device or open_device(config.device)
-    ops = choose_ops(config.dtype, n_threads, config.native, device)
+    ops = choose_ops(config.dtype, n_threads, config.native, device, config.activations)
     names, dtype = model.static_names(plan), model.layout.dtype
     host_static = load_static(checkpoint, names, dtype, model.formats)
     readers = Readers()

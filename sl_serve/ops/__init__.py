@@ -6,8 +6,9 @@ import logging
 
 import torch
 
-from sl_serve.config import DTypeName
+from sl_serve.config import ActivationName, DTypeName
 from sl_serve.device import Device
+from sl_serve.errors import UserError
 from sl_serve.ops.protocol import CAUSAL, KVRegion, Ops, Scoring
 from sl_serve.ops.torch_ops import TorchOps
 
@@ -17,21 +18,32 @@ logger = logging.getLogger(__name__)
 
 
 def choose_ops(
-    dtype: DTypeName, n_threads: int, native: bool = True, device: Device | None = None
+    dtype: DTypeName,
+    n_threads: int,
+    native: bool = True,
+    device: Device | None = None,
+    activations: ActivationName = "float32",
 ) -> Ops:
     """The fastest operations for `dtype` on `device` (the processor, if none is given); says once
-    when they are the slow ones. Raises UserError if it cannot compute with `dtype`."""
-    if device is not None and not device.in_place:
+    when they are the slow ones. Raises UserError if it cannot compute with `dtype`, or not with
+    such activations."""
+    in_place, rounds = device is None or device.in_place, activations == "int8"
+    if rounds and not (in_place and dtype == "float32"):
+        raise UserError(
+            "--activations int8 is for the processor and float32; leave it out, or --device and "
+            "--dtype"
+        )
+    if device is not None and not in_place:
         return _device_ops(device, getattr(torch, dtype))
     if not native or dtype != "float32":
-        return TorchOps(getattr(torch, dtype))
+        return TorchOps(getattr(torch, dtype), rounds=rounds)
     try:
         from sl_serve.ops.native_ops import NativeOps
 
-        return NativeOps(n_threads)
+        return NativeOps(n_threads, rounds=rounds)
     except ImportError:
         logger.warning("the native core is not built: attention runs in plain torch, slower")
-        return TorchOps()
+        return TorchOps(rounds=rounds)
 
 
 def _device_ops(device: Device, dtype: torch.dtype) -> Ops:

@@ -11,6 +11,7 @@ import torch
 
 from sl_serve.kv.rows import FIELDS, RowTable
 from sl_serve.ops.protocol import CAUSAL, KVRegion, Scoring
+from sl_serve.ops.rounded import PART_FLOATS, rounded_floats
 from sl_serve.ops.scratch import HostScratch
 from sl_serve.ops.torch_ops import TorchOps
 from sl_serve.weights.formats import plain
@@ -27,13 +28,14 @@ MAX_HEAD_DIM = 640  # kMaxHeadDim in csrc/attention.inc
 class NativeOps(TorchOps):
     """Raises ImportError where the core is not built, ValueError for an unknown target."""
 
-    def __init__(self, n_threads: int, target: str | None = None) -> None:
-        from sl_serve._native import ROW_FIELDS, Core, Dtype, targets
+    def __init__(self, n_threads: int, target: str | None = None, *, rounds: bool = False) -> None:
+        from sl_serve._native import ROUNDED_PART_BYTES, ROW_FIELDS, Core, Dtype, targets
 
         assert len(FIELDS) == ROW_FIELDS, "rows.py and kernels.hpp disagree"
+        assert PART_FLOATS * torch.float32.itemsize == ROUNDED_PART_BYTES
         target = target or targets()[0]
         self.name = f"native ({target})"
-        super().__init__(torch.float32, HostScratch(torch.float32))
+        super().__init__(torch.float32, HostScratch(torch.float32), rounds=rounds)
         self._core = Core(target, n_threads)
         self._weight_dtypes = {d.name: d for d in Dtype}
 
@@ -84,10 +86,17 @@ class NativeOps(TorchOps):
             c.stride(0),
             accumulate,
             self.same_order,
+            self._room_for_rounded(b, m, k),
             m,
             n,
             k,
         )
+
+    def _room_for_rounded(self, b: Rows, m: int, k: int) -> int:
+        """An address, or 0: a is multiplied as it is."""
+        if not (self.rounds and isinstance(b, QuantisedRows) and b.format.is_narrow):
+            return 0
+        return self._scratch("rounded", m, rounded_floats(k)).data_ptr()
 
     def _blocks_of(self, b: Rows) -> tuple[torch.Tensor, int, Dtype]:
         """The memory of b, blocks from a row to the next, and what they are."""

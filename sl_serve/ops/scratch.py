@@ -22,11 +22,10 @@ class Scratch:
     def __call__(self, name: str, n_lines: int, width: int) -> torch.Tensor:
         """(n_lines, width), uninitialised."""
         n = n_lines * width
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < n:
+        if name not in self._buffers or self._buffers[name].numel() < n:
             self._buffers.pop(name, None)  # never both at once
-            buffer = self._buffers[name] = self._empty(n)
-        return buffer[:n].view(n_lines, width)
+            self._buffers[name] = self._empty(n)
+        return self._buffers[name][:n].view(n_lines, width)
 
     @property
     def buffers(self) -> tuple[torch.Tensor, ...]:

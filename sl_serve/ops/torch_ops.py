@@ -13,6 +13,7 @@ from sl_serve.kv.layout import KVSpec
 from sl_serve.kv.rows import FIELDS, Int64Array, RowTable
 from sl_serve.ops.kv_lines import read_lines, write_lines
 from sl_serve.ops.protocol import CAUSAL, KVRegion, Scoring
+from sl_serve.ops.rounded import rounded
 from sl_serve.ops.scored_attention import scored_attention
 from sl_serve.ops.scratch import Scratch
 from sl_serve.weights.quantised import QuantisedRows, QuantisedWeight, Rows, Weight
@@ -24,8 +25,15 @@ EXPANDED_ELEMENTS = 1 << 20  # at a time, of a layer: what widening takes on its
 class TorchOps:
     name = "torch"
 
-    def __init__(self, dtype: torch.dtype = torch.float32, scratch: Scratch | None = None) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        scratch: Scratch | None = None,
+        *,
+        rounds: bool = False,  # what is multiplied with quantised weights, ops/rounded.py
+    ) -> None:
         self.dtype = dtype
+        self.rounds = rounds
         self.same_order = False
         self._scratch = scratch or Scratch(dtype)
 
@@ -33,41 +41,45 @@ class TorchOps:
         self, name: str, x: torch.Tensor, w: Weight, bias: torch.Tensor | None
     ) -> torch.Tensor:
         out = self._scratch(name, len(x), w.shape[1])
-        for columns, part in self._converted(w):
+        for columns, left, part in self._factors(x, w):
             if bias is None:
-                torch.mm(x, part, out=out[:, columns])
+                torch.mm(left, part, out=out[:, columns])
             else:
-                torch.addmm(bias[columns].to(x.dtype), x, part, out=out[:, columns])
+                torch.addmm(bias[columns].to(x.dtype), left, part, out=out[:, columns])
         return out
 
     def add_linear_(
         self, x: torch.Tensor, h: torch.Tensor, w: Weight, bias: torch.Tensor | None
     ) -> None:
-        for columns, part in self._converted(w):
-            x[:, columns].addmm_(h, part)
+        for columns, left, part in self._factors(h, w):
+            x[:, columns].addmm_(left, part)
         if bias is not None:
             x += bias
 
     def logits(self, x: torch.Tensor, head: Rows, out: torch.Tensor) -> None:
-        for columns, part in self._converted(head.t()):
-            torch.mm(x, part, out=out[:, columns])
+        for columns, left, part in self._factors(x, head.t()):
+            torch.mm(left, part, out=out[:, columns])
 
-    def _converted(self, w: Weight) -> Iterator[tuple[slice, torch.Tensor]]:
-        """w (in, out) in the dtype of the arithmetic: the whole, or copies of some columns."""
+    def _factors(
+        self, x: torch.Tensor, w: Weight
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """x, and w (in, out) in the dtype of the arithmetic: the whole, or copies of some
+        columns."""
         if isinstance(w, QuantisedWeight):
             for columns, rows in w.columns():
+                left = rounded(x) if self.rounds and rows.format.is_narrow else x
                 for start in range(0, len(rows), CONVERTED_COLUMNS):
                     part = rows[start : start + CONVERTED_COLUMNS].widened().to(self.dtype)
                     first = columns.start + start
-                    yield slice(first, first + len(part)), part.t()
+                    yield slice(first, first + len(part)), left, part.t()
             return
         if w.dtype == self.dtype:
-            yield slice(None), w
+            yield slice(None), x, w
             return
         for start in range(0, w.shape[1], CONVERTED_COLUMNS):
             columns = slice(start, start + CONVERTED_COLUMNS)
             part = w[:, columns].t()
-            yield columns, self._scratch("converted", *part.shape).copy_(part).t()
+            yield columns, x, self._scratch("converted", *part.shape).copy_(part).t()
 
     def expand(self, w: Weight, out: torch.Tensor) -> None:
         if not isinstance(w, QuantisedWeight):

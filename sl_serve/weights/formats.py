@@ -27,6 +27,7 @@ class Format:
     block_bytes: int
     widen_blocks: Widen  # (n, block_bytes) uint8 -> (n, block_elements) float32
     dtype: torch.dtype | None = None  # of plain numbers: blocks of one element
+    is_narrow: bool = False  # integers of 6 bits at most, kSpan in csrc/rounded.inc
 
     def row_bytes(self, n_in: int) -> int:
         assert n_in % self.block_elements == 0
@@ -146,15 +147,15 @@ def _plain_format(dtype: torch.dtype) -> Format:
 
 _PLAIN = {d: _plain_format(d) for d in (torch.float32, torch.bfloat16, torch.float16)}
 _IN_BLOCKS = (
-    Format("q4_0", 32, 18, _q4_0),
-    Format("q4_1", 32, 20, _q4_1),
-    Format("q5_0", 32, 22, _q5_0),
-    Format("q5_1", 32, 24, _q5_1),
+    Format("q4_0", 32, 18, _q4_0, is_narrow=True),
+    Format("q4_1", 32, 20, _q4_1, is_narrow=True),
+    Format("q5_0", 32, 22, _q5_0, is_narrow=True),
+    Format("q5_1", 32, 24, _q5_1, is_narrow=True),
     Format("q8_0", 32, 34, _q8_0),
-    Format("q4_k", 256, 144, _q4_k),
-    Format("q5_k", 256, 176, _q5_k),
-    Format("q6_k", 256, 210, _q6_k),
-    Format("mxfp4", 32, 17, _mxfp4),
+    Format("q4_k", 256, 144, _q4_k, is_narrow=True),
+    Format("q5_k", 256, 176, _q5_k, is_narrow=True),
+    Format("q6_k", 256, 210, _q6_k, is_narrow=True),
+    Format("mxfp4", 32, 17, _mxfp4, is_narrow=True),
 )
 BLOCK_FORMATS = {f.name: f for f in _IN_BLOCKS}
 

@@ -108,7 +108,8 @@ def _group_format(kind: Kind, group: int) -> GroupFormat:
     name = f"{bits}_g{group}" + (f"_{rest}" if rest else "")
     n_bits = 4 if bits == "int4" else 8
     block_bytes = HEADER_BYTES + group * n_bits // 8
-    return GroupFormat(kind, group, Format(name, group, block_bytes, partial(_widen, kind)))
+    widen = partial(_widen, kind)
+    return GroupFormat(kind, group, Format(name, group, block_bytes, widen, is_narrow=n_bits == 4))
 
 
 _KINDS: tuple[Kind, ...] = ("int4", "int4_sym", "int4_min", "int8", "int8_sym", "fp8")

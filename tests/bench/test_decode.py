@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench import decode
 from bench.decode import build_report, parse_rows, render, run_all
-from bench.decode_work import Widened, measure
+from bench.decode_work import HELD, Widened, measure
 from bench.errors import BenchError
 from sl_serve.llm import open_engine, open_model
 from sl_serve.weights.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("held", ["stored", "float32"])
+@pytest.mark.parametrize("held", HELD)
 def test_steps_of_so_many_rows_are_timed(small: str, held: Any) -> None:
     found = json.loads(json.dumps(measure(small, held, [1, 3], N_TOKENS)))
     # The step that reads the prompts gives the first token, without a step of decoding.
@@ -64,6 +64,7 @@ def steps(**by_rows: list[float]) -> dict[str, Any]:
 def test_figures_by_hand() -> None:
     given = {
         "stored": [steps(r1=[0.5, 0.25, 0.5], r4=[1.0]), steps(r1=[2.0, 2.0], r4=[2.0])],
+        "rounded": [steps(r1=[0.125], r4=[1.0]), steps(r1=[0.125], r4=[1.0])],
         "float32": [steps(r1=[1.0], r4=[1.0]), steps(r1=[1.0], r4=[3.0])],
     }
     asked: list[str] = []
@@ -73,25 +74,26 @@ def test_figures_by_hand() -> None:
         return given[held][asked.count(held) - 1]
 
     report = json.loads(json.dumps(build_report([1, 4], run_all(2, job, lambda: None))))
-    assert asked == ["stored", "float32", "stored", "float32"]
+    assert asked == ["stored", "rounded", "float32"] * 2
     one, four = report["cases"]
     assert one["stored"] == {"tokens_per_s": 2.0, "best_tokens_per_s": 4.0, "n_steps": 5}
     assert (one["ratio"], four["ratio"]) == (2.0, pytest.approx(4 / 3))
+    assert (one["rounded_ratio"], four["rounded_ratio"]) == (4.0, 1.5)
     screen = io.StringIO()
     Console(file=screen, width=100).print(render(report | {"model": "small"}))
     shown = " ".join(screen.getvalue().replace("│", " ").split())
-    assert "1 2 (4) 1 (1) 2.00" in shown
+    assert "1 2 (4) 8 (8) 1 (1) 2.00 4.00" in shown
     assert "layers 1.0 MB as in the file, 1.0 in float32" in shown
 
 
 def test_the_command_writes_what_its_workers_measured(
     small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of two in a process of its own, which takes seconds to start."""
+    """One of three in a process of its own, which takes seconds to start."""
     started = decode.in_a_process
 
     def in_a_process(model: str, held: Any, rows: str, tokens: int) -> dict[str, Any]:
-        if held == "float32":
+        if held != "stored":
             return measure(model, held, parse_rows(rows), tokens)
         return started(model, held, rows, tokens)
 

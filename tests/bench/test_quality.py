@@ -23,6 +23,7 @@ VARIANTS = [
     Variant("auto", "bfloat16"),
     Variant("int4", "int8"),
     Variant("int4-calibrated", "float32"),
+    Variant("int4", "float32", "int8"),
 ]
 
 
@@ -60,8 +61,9 @@ def test_perplexity_is_that_of_transformers(folder: Path, report: dict[str, Any]
 
 def test_shorter_formats_differ_a_little_and_take_fewer_bytes(report: dict[str, Any]) -> None:
     reference, *others = report["variants"]
-    assert [Variant(row["weights"], row["kv"]) for row in others] == VARIANTS
-    assert [row["mean_divergence"] < 0.01 for row in others] == [True, True, False, False]
+    assert [Variant(row["weights"], row["kv"], row["activations"]) for row in others] == VARIANTS
+    small = [row["mean_divergence"] < 0.01 for row in others]
+    assert small == [True, True, False, False, False]
     assert all(0 < row["mean_divergence"] < 0.5 for row in others)
     assert others[0]["weight_bytes"] < reference["weight_bytes"]
     assert others[3]["weight_bytes"] == others[2]["weight_bytes"]
@@ -86,16 +88,17 @@ def test_too_short_a_text_is_refused_with_the_numbers(folder: Path) -> None:
 
 
 def test_variants_of_the_command_line() -> None:
-    assert variants("int8, int4", "bfloat16", "int4:int8") == [
+    assert variants("int8, int4", "bfloat16", "int4:int8", "auto") == [
         Variant("int8", "float32"),
         Variant("int4", "float32"),
         Variant("auto", "bfloat16"),
         Variant("int4", "int8"),
+        Variant("auto", "float32", "int8"),
     ]
     with pytest.raises(BenchError, match="--both: 'int4' is not WEIGHTS:KV"):
-        variants("", "", "int4")
+        variants("", "", "int4", "")
     with pytest.raises(BenchError, match="'int2' is no KV format; there are: auto, float32"):
-        variants("", "int2", "")
+        variants("", "int2", "", "")
 
 
 def test_only_the_table_of_a_document_is_replaced(tmp_path: Path, report: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ class Answers:
 
         return receive
 
-    def wait(self, timeout_s: float = 60) -> list[list[int]]:
+    def wait(self, timeout_s: float = 300) -> list[list[int]]:
         assert self._done.wait(timeout_s), "requests did not end"
         return [[t for out in news for t in out.token_ids] for news in self.news]
 

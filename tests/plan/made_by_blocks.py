@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -13,21 +14,31 @@ from sl_serve.ops import TorchOps, choose_ops
 from sl_serve.plan.activations import PeakBytes
 from sl_serve.plan.block_memory import block_memory
 from sl_serve.weights.layout import LayerWeights, Param
+from sl_serve.weights.quantised import QuantisedWeight, Weight
+from tests.engine.test_group_matmul import rows_of
 
 ONCE_BYTES = 1024  # of a table with a number per head, which the first layer makes
 
 
 def engine_ops(config: EngineConfig) -> TorchOps:
     device = SimDevice() if config.device == "sim" else None
-    ops = choose_ops(config.dtype, 1, config.native, device)
+    ops = choose_ops(config.dtype, 1, config.native, device, config.activations)
     assert isinstance(ops, TorchOps)
     return ops
 
 
-def random_tensor(param: Param) -> torch.Tensor:
-    """Matrices as they lie in memory, output by output."""
+def random_tensor(param: Param, rounds: bool) -> Weight:
+    """Matrices as they lie in memory, output by output; in blocks where these matter."""
+    if rounds and param.is_matrix:
+        n_in, n_out = param.shape
+        return rows_of("int4_g32", n_out, n_in).t()
     numbers = torch.randn(param.shape[::-1]) * 0.1
     return numbers.t() if param.is_matrix else numbers
+
+
+def tensors(weights: LayerWeights) -> Iterator[torch.Tensor]:
+    for w in weights.values():
+        yield from [part.data for part in w.parts] if isinstance(w, QuantisedWeight) else [w]
 
 
 def made(model: ModelConfig, ops: TorchOps, n_tokens: int) -> tuple[int, int]:
@@ -37,11 +48,11 @@ def made(model: ModelConfig, ops: TorchOps, n_tokens: int) -> tuple[int, int]:
     ropes = [RopeTable(*torch.rand(2, n_tokens, n)) for n in model.rotated_pairs]
     params, given = family.layer_params(model), torch.randn(x.shape)
     layers: list[LayerWeights] = [
-        {p.name: random_tensor(p) for p in params if p.is_in(layer) and not p.n_experts}
+        {p.name: random_tensor(p, ops.rounds) for p in params if p.is_in(layer) and not p.n_experts}
         for layer in range(model.n_layers)
     ]
     waiting: list[int] = []
-    known = [x, given, *chain(*ropes), *chain(*(w.values() for w in layers))]
+    known = [x, given, *chain(*ropes), *chain(*map(tensors, layers))]
 
     def note() -> None:
         waiting.append(alive.alive_bytes - sum(b.nbytes for b in ops._scratch.buffers))
@@ -66,8 +77,9 @@ def made(model: ModelConfig, ops: TorchOps, n_tokens: int) -> tuple[int, int]:
 
 def made_by_expert(model: ModelConfig, ops: TorchOps, n_tokens: int) -> int:
     family, x = load_family(model.family), torch.randn(n_tokens, model.hidden_size)
-    weights = {p.name: random_tensor(p) for p in family.layer_params(model) if p.n_experts}
-    with torch.inference_mode(), PeakBytes([x, *weights.values()]) as alive:
+    params = [p for p in family.layer_params(model) if p.n_experts]
+    weights: LayerWeights = {p.name: random_tensor(p, ops.rounds) for p in params}
+    with torch.inference_mode(), PeakBytes([x, *tensors(weights)]) as alive:
         family.expert(model, ops, weights, x)
     return alive.peak_bytes
 

@@ -53,6 +53,16 @@ def test_no_layer_makes_more_than_is_planned(family: str, variant: str, kind: st
     check_planned(settings(family, variant), CONFIGS[kind], N_TOKENS)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_rounded_activations_are_planned_for(native: bool) -> None:
+    """Where all matrices are in blocks; the twin's copies, too."""
+    config = EngineConfig(activations="int8", native=native)
+    check_planned(settings("llama", ""), config, N_TOKENS)
+    plain = block_memory(settings("llama", ""), EngineConfig(native=native))
+    planned = block_memory(settings("llama", ""), config)
+    assert planned.computed.per_token > plain.computed.per_token
+
+
 def test_without_experts_none_are_planned_for() -> None:
     planned = block_memory(settings("llama", ""), CONFIGS["native"])
     assert planned.expert.at(N_TOKENS) == 0

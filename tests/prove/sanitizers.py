@@ -32,6 +32,8 @@ TESTS = (
     "tests/engine/test_matmul.py",
     "tests/engine/test_block_matmul.py",
     "tests/engine/test_group_matmul.py",
+    "tests/engine/test_rounded_matmul.py",
+    "tests/engine/test_same_order.py",
     "tests/engine/test_engine.py",
     "tests/engine/test_invariants.py",
 )
