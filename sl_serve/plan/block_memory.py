@@ -1,6 +1,5 @@
-"""What a layer makes of its tokens, measured: a family's arithmetic runs on torch's meta device,
-where tensors have shapes but no bytes, with operations that keep the buffers which the engine's
-keep."""
+"""What a layer makes of its tokens, measured: a family's arithmetic runs over a few, with
+operations that keep the buffers which the engine's keep."""
 
 from __future__ import annotations
 
@@ -46,9 +45,9 @@ def block_memory(model: ModelConfig, config: EngineConfig) -> BlockMemory:
 
 def _measured(model: ModelConfig, config: EngineConfig, n_tokens: int) -> tuple[int, int, int]:
     """Bytes, in the order of BlockMemory."""
-    with torch.device("meta"), torch.inference_mode():
+    with torch.inference_mode():
         ops = _probe(config)
-        x = torch.empty(n_tokens, model.hidden_size, dtype=ops.dtype)
+        x = torch.zeros(n_tokens, model.hidden_size, dtype=ops.dtype)
         return *_of_layers(model, ops, x), _of_expert(model, _probe(config), x)
 
 
@@ -61,8 +60,8 @@ def _of_layers(model: ModelConfig, ops: _Probe, x: torch.Tensor) -> tuple[int, i
         layer: empty_weights((p for p in params if p.is_in(layer) and not p.n_experts), ops.dtype)
         for layer in _one_of_each_kind(params, model.n_layers)
     }
-    ropes = [RopeTable(*torch.empty(2, len(x), n)) for n in model.rotated_pairs]
-    from_experts = torch.empty(x.shape, dtype=x.dtype)
+    ropes = [RopeTable(*torch.zeros(2, len(x), n)) for n in model.rotated_pairs]
+    from_experts = torch.zeros_like(x)
 
     def run(attend: Attend, ask: Ask) -> None:
         for layer, weights in layers.items():
@@ -123,7 +122,7 @@ class _Probe(ShapeOps):
 
     def attended(self, new: NewTokens) -> torch.Tensor:
         n_tokens, n_heads, head_dim = new.q.shape
-        return self._scratch("attention", n_tokens + 1, n_heads * head_dim)[:n_tokens]
+        return self._scratch("attention", n_tokens + 1, n_heads * head_dim)[:n_tokens].zero_()
 
     @property
     def kept(self) -> Sequence[torch.Tensor]:
@@ -146,10 +145,10 @@ class _NativeProbe(_Probe):
             self._scratch("rounded", len(x), rounded_floats(x.shape[1]))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._scratch("norm", *x.shape)
+        return self._scratch("norm", *x.shape).zero_()
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self._scratch("silu", len(gate_up), gate_up.shape[1] // 2)
+        return self._scratch("silu", len(gate_up), gate_up.shape[1] // 2).zero_()
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         pass

@@ -17,7 +17,8 @@ Fields = Mapping[str, Any]  # as in config.json
 Derived = Callable[[Fields, Collection[str]], Fields]  # of fields and of the names of tensors
 Belongs = Callable[[Mapping[str, Any], Collection[str]], bool]  # of settings and names of tensors
 # Where the rows of a tensor are in the file, in Hugging Face's order.
-RowOrder = Callable[[ModelConfig], np.ndarray[Any, Any]]
+# Of a tensor of so many rows; ValueError where the heads have others.
+RowOrder = Callable[[ModelConfig, int], np.ndarray[Any, Any]]
 Read = Callable[[Settings, Fields], Fields]  # of the file's settings and of the fields so far
 
 
@@ -80,28 +81,29 @@ def listed_windows(fields: Fields, _tensors: Collection[str]) -> Fields:
     return found
 
 
-def _rotated_pairs(n_heads: int, head_dim: int) -> np.ndarray[Any, Any]:
+def _rotated_pairs(n_rows: int, n_heads: int, head_dim: int) -> np.ndarray[Any, Any]:
     """The file's rows of a head are for rotating neighbours (2i, 2i + 1); here, as in Hugging
     Face's, i and i + head_dim / 2 turn together."""
-    rows = np.arange(n_heads * head_dim).reshape(n_heads, head_dim // 2, 2)
+    rows = np.arange(n_rows).reshape(n_heads, head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)
 
 
-def _query_rows(config: ModelConfig) -> np.ndarray[Any, Any]:
-    return _rotated_pairs(config.n_heads, config.head_dim)
+def _query_rows(config: ModelConfig, n_rows: int) -> np.ndarray[Any, Any]:
+    return _rotated_pairs(n_rows, config.n_heads, config.head_dim)
 
 
-def _key_rows(config: ModelConfig) -> np.ndarray[Any, Any]:
-    return _rotated_pairs(config.n_kv_heads, config.head_dim)
+def _key_rows(config: ModelConfig, n_rows: int) -> np.ndarray[Any, Any]:
+    return _rotated_pairs(n_rows, config.n_kv_heads, config.head_dim)
 
 
 LLAMA_ROWS: Mapping[str, RowOrder] = {"q_proj": _query_rows, "k_proj": _key_rows}
 
 
-def grouped_rows(config: ModelConfig) -> np.ndarray[Any, Any]:
+def grouped_rows(config: ModelConfig, n_rows: int) -> np.ndarray[Any, Any]:
     """Queries, keys, values one after another in the file; in Hugging Face's each key head stands
     behind the query heads that share it, and its value head behind it."""
     groups, dim = config.n_kv_heads, config.head_dim
-    queries = np.arange(config.q_size).reshape(groups, -1, dim)
-    keys = config.q_size + np.arange(config.kv_size).reshape(groups, 1, dim)
-    return np.concatenate([queries, keys, keys + config.kv_size], axis=1).reshape(-1)
+    ends = [config.q_size, config.q_size + config.kv_size]
+    queries, *keys_and_values = np.split(np.arange(n_rows), ends)
+    of_groups = [part.reshape(groups, 1, dim) for part in keys_and_values]
+    return np.concatenate([queries.reshape(groups, -1, dim), *of_groups], axis=1).reshape(-1)

@@ -124,9 +124,13 @@ class GgufCheckpoint:
         """A tensor of its own, rows in Hugging Face's order."""
         module = name.rpartition(".")[0].rpartition(".")[2]
         if module in self._dialect.rows:
-            rows = self._dialect.rows[module](self.config)
-            if len(array) != len(rows):
-                raise CheckpointError(f"{self.path}: {name} has {len(array)} rows, not {len(rows)}")
+            try:
+                rows = self._dialect.rows[module](self.config, len(array))
+            except ValueError:
+                raise CheckpointError(
+                    f"{self.path}: {name} has {len(array)} rows, which are not those of heads of "
+                    f"{self.config.head_dim}"
+                ) from None
             array = array[rows]
         return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 

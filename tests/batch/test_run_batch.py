@@ -95,9 +95,12 @@ def not_ignoring(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, before)
 
 
+N_LINES = 80
+
+
 def test_interrupted_and_resumed(command: Command, model: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    bodies = [body_of(f"{i}", max_tokens=80) for i in range(200)]
+    bodies = [body_of(f"{i}", max_tokens=80) for i in range(N_LINES)]
     source.write_bytes(jsonl(line(f"{i}", body) for i, body in enumerate(bodies)))
     options = ["-i", str(source), "-o", str(output), "--served-model-name", "tiny", *FEW_ROWS]
     log = tmp_path / "log"
@@ -109,7 +112,7 @@ def test_interrupted_and_resumed(command: Command, model: Path, tmp_path: Path) 
     assert "--resume goes on" in log.read_text()
     assert "Traceback" not in log.read_text()
     done = n_results(tmp_path)
-    assert 5 < done < 200
+    assert 5 < done < N_LINES
     code, _, err = command("run-batch", model, *options)
     assert (code, "continue it with --resume" in err) == (2, True)
     asked = source.read_bytes()
@@ -119,7 +122,7 @@ def test_interrupted_and_resumed(command: Command, model: Path, tmp_path: Path) 
     source.write_bytes(asked)
     code, _, err = command("run-batch", model, *options, "--resume")
     assert code == 0, err
-    assert list(read(output)) == [f"{i}" for i in range(200)]
+    assert list(read(output)) == [f"{i}" for i in range(N_LINES)]
 
 
 def n_results(folder: Path) -> int:

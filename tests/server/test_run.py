@@ -48,7 +48,7 @@ class Process:
 
     def wait(self) -> tuple[int, str]:
         """Exit code and log."""
-        _, log = self._process.communicate(timeout=20)
+        _, log = self._process.communicate(timeout=60)
         return self._process.returncode, log
 
     def kill(self) -> None:
