@@ -18,7 +18,13 @@ def model_config_from_hf(
     messages. Raises ModelError for anything that would change the arithmetic unnoticed."""
     fields = Fields(raw, source)
     reader = _family(fields.text("model_type"), source)
-    return reader.model_config(fields, Fields(generation, "generation_config.json"))
+    found = reader.model_config(fields, Fields(generation, "generation_config.json"))
+    if not 0 <= found.experts_per_token <= found.n_experts:
+        raise ModelError(
+            f"{source}: a token asks {found.experts_per_token} experts, and there are "
+            f"{found.n_experts}"
+        )
+    return found
 
 
 def _family(name: str, source: str) -> Family:

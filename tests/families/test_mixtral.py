@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import pytest
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from sl_serve.errors import ModelError
 from tests.families.experts import joined_expert
 from tests.families.harness import FamilyTests, Tiny
+from tests.families.settings import config_of
 
 TINY = Tiny(
     MixtralConfig,
@@ -21,3 +24,8 @@ TINY = Tiny(
 class TestMixtral(FamilyTests):
     tiny = TINY
     find = staticmethod(joined_expert)
+
+
+def test_more_experts_asked_for_than_there_are_is_refused() -> None:
+    with pytest.raises(ModelError, match="a token asks 9 experts, and there are [0-8]"):
+        config_of(TINY, num_experts_per_tok=9)
