@@ -27,5 +27,5 @@ class TestMixtral(FamilyTests):
 
 
 def test_more_experts_asked_for_than_there_are_is_refused() -> None:
-    with pytest.raises(ModelError, match="a token asks 9 experts, and there are [0-8]"):
+    with pytest.raises(ModelError, match=r"a token asks 9 experts, and there are [0-8]"):
         config_of(TINY, num_experts_per_tok=9)
