@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from sl_serve.config import ModelConfig
 from sl_serve.models import NewTokens, RopeTable, Routed, load_family, run_block
 from sl_serve.ops import TorchOps
+from sl_serve.ops.rounded import rounded
 from sl_serve.plan.model_sizes import LinearBytes
 from sl_serve.weights.layout import LayerWeights, Param, largest_layer
 from sl_serve.weights.quantised import Weight
@@ -70,21 +71,29 @@ def empty_weights(params: Iterable[Param], dtype: torch.dtype) -> LayerWeights:
 
 
 def _attend(new: NewTokens) -> torch.Tensor:
-    return torch.empty_like(new.q, memory_format=torch.contiguous_format).flatten(1)
+    n_tokens, n_heads, head_dim = new.q.shape
+    return torch.zeros(n_tokens, n_heads * head_dim, dtype=new.q.dtype)
 
 
 class ShapeOps(TorchOps):
-    """Without products, which leave nothing beside their buffers."""
+    """Without products, which leave nothing beside their buffers and what they round: that is
+    rounded whatever the weights."""
 
     def linear(
         self, name: str, x: torch.Tensor, w: Weight, bias: torch.Tensor | None
     ) -> torch.Tensor:
+        if self.rounds:
+            self.round(x)
         return self._scratch(name, len(x), w.shape[1]).zero_()
 
     def add_linear_(
         self, x: torch.Tensor, h: torch.Tensor, w: Weight, bias: torch.Tensor | None
     ) -> None:
-        pass
+        if self.rounds:
+            self.round(h)
+
+    def round(self, x: torch.Tensor) -> None:
+        rounded(x)
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sl_serve.config import EngineConfig, ModelConfig
 from sl_serve.models import NewTokens, RopeTable, Routed, load_family, run_block
-from sl_serve.ops.rounded import rounded, rounded_floats
+from sl_serve.ops.rounded import rounded_floats
 from sl_serve.plan.activations import (
     PROBE_TOKENS,
     PeakBytes,
@@ -22,7 +22,6 @@ from sl_serve.plan.activations import (
 )
 from sl_serve.plan.model_sizes import LinearBytes
 from sl_serve.weights.layout import Param
-from sl_serve.weights.quantised import Weight
 
 Attend = Callable[[NewTokens], torch.Tensor]
 Ask = Callable[[Routed], torch.Tensor]
@@ -101,24 +100,7 @@ def _one_of_each_kind(params: Sequence[Param], n_layers: int) -> list[int]:
 
 
 class _Probe(ShapeOps):
-    """The twins; attention's results lie in a buffer of their own. What products with blocks would
-    round is rounded, whatever the weights."""
-
-    def linear(
-        self, name: str, x: torch.Tensor, w: Weight, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        self._round(x)
-        return super().linear(name, x, w, bias)
-
-    def add_linear_(
-        self, x: torch.Tensor, h: torch.Tensor, w: Weight, bias: torch.Tensor | None
-    ) -> None:
-        self._round(h)
-        super().add_linear_(x, h, w, bias)
-
-    def _round(self, x: torch.Tensor) -> None:
-        if self.rounds:
-            rounded(x)
+    """The twins; attention's results lie in a buffer of their own."""
 
     def attended(self, new: NewTokens) -> torch.Tensor:
         n_tokens, n_heads, head_dim = new.q.shape
@@ -140,9 +122,8 @@ class _NativeProbe(_Probe):
     """As the native core: it works in place, and keeps what norms, activations and rounding
     give."""
 
-    def _round(self, x: torch.Tensor) -> None:
-        if self.rounds:
-            self._scratch("rounded", len(x), rounded_floats(x.shape[1]))
+    def round(self, x: torch.Tensor) -> None:
+        self._scratch("rounded", len(x), rounded_floats(x.shape[1]))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._scratch("norm", *x.shape).zero_()
