@@ -16,8 +16,8 @@ from sl_serve.weights.hf_windows import FULL, SLIDING
 Fields = Mapping[str, Any]  # as in config.json
 Derived = Callable[[Fields, Collection[str]], Fields]  # of fields and of the names of tensors
 Belongs = Callable[[Mapping[str, Any], Collection[str]], bool]  # of settings and names of tensors
-# Where the rows of a tensor are in the file, in Hugging Face's order.
-# Of a tensor of so many rows; ValueError where the heads have others.
+# Of a config and a tensor's number of rows: where in the file each of Hugging Face's rows is.
+# ValueError where heads of that config do not have so many.
 RowOrder = Callable[[ModelConfig, int], np.ndarray[Any, Any]]
 Read = Callable[[Settings, Fields], Fields]  # of the file's settings and of the fields so far
 
