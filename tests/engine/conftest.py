@@ -25,7 +25,13 @@ def layers_measured_once() -> Iterator[None]:
     found = cache(lambda model, **settings: block_memory(model, EngineConfig(**settings)))
 
     def measured(model: ModelConfig, config: EngineConfig) -> BlockMemory:
-        of_it = found(model, device=config.device, native=config.native, dtype=config.dtype)
+        of_it = found(
+            model,
+            device=config.device,
+            native=config.native,
+            dtype=config.dtype,
+            activations=config.activations,
+        )
         assert isinstance(of_it, BlockMemory)
         return of_it
 
