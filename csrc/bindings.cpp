@@ -20,25 +20,32 @@ using sl::Row;
 namespace {
 
 // Best first; only what this processor can run.
-std::vector<const Kernels*> supported() {
-  std::vector<const Kernels*> found;
+std::vector<Kernels> supported() {
+  std::vector<Kernels> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("f16c"))
-    found.push_back(&sl::kernels_avx512);
+      __builtin_cpu_supports("f16c")) {
+    if (__builtin_cpu_supports("avx512vnni")) {
+      Kernels with_vnni = sl::kernels_avx512;
+      with_vnni.name = "avx512vnni";
+      with_vnni.gemm_rounded = sl::gemm_rounded_avx512vnni;
+      found.push_back(with_vnni);
+    }
+    found.push_back(sl::kernels_avx512);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
-    found.push_back(&sl::kernels_avx2);
+    found.push_back(sl::kernels_avx2);
 #endif
-  found.push_back(&sl::kernels_portable);
+  found.push_back(sl::kernels_portable);
   return found;
 }
 
 std::vector<std::string> targets() {
   std::vector<std::string> names;
-  for (const Kernels* k : supported()) names.emplace_back(k->name);
+  for (const Kernels& k : supported()) names.emplace_back(k.name);
   return names;
 }
 
@@ -48,9 +55,9 @@ float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
 class Core {
  public:
   Core(const std::string& target, int n_threads) : n_threads_(n_threads) {
-    for (const Kernels* k : supported())
-      if (target == k->name) kernels_ = k;
-    if (kernels_ == nullptr) throw std::invalid_argument("no such target here: " + target);
+    for (const Kernels& k : supported())
+      if (target == k.name) kernels_ = k;
+    if (kernels_.name == nullptr) throw std::invalid_argument("no such target here: " + target);
   }
 
   void append(uintptr_t k, uintptr_t v, int64_t line_stride, uintptr_t rows, int64_t n_rows,
@@ -64,7 +71,7 @@ class Core {
     a.n_kv_heads = n_kv_heads;
     a.head_dim = head_dim;
     a.kv_dtype = kv_dtype;
-    kernels_->append(a);
+    kernels_.append(a);
   }
 
   void attend(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, uintptr_t rows,
@@ -87,30 +94,31 @@ class Core {
     a.slopes = floats(slopes);
     a.sinks = floats(sinks);
     a.same_order = same_order;
-    kernels_->attend(a);
+    kernels_.attend(a);
   }
 
   void rope(uintptr_t x, int64_t line_stride, int64_t head_stride, int64_t n_lines,
             int64_t n_heads, int64_t n_dims, uintptr_t cos, uintptr_t sin) const {
-    kernels_->rope(floats(x), line_stride, head_stride, n_lines, n_heads, n_dims, floats(cos),
+    kernels_.rope(floats(x), line_stride, head_stride, n_lines, n_heads, n_dims, floats(cos),
                    floats(sin), n_threads_);
   }
 
   void silu_mul(uintptr_t gate_up, uintptr_t out, int64_t n_lines, int64_t width) const {
-    kernels_->silu_mul(floats(gate_up), floats(out), n_lines, width, n_threads_);
+    kernels_.silu_mul(floats(gate_up), floats(out), n_lines, width, n_threads_);
   }
 
   void rms_norm(uintptr_t x, uintptr_t weight, uintptr_t out, int64_t n_lines, int64_t width,
                 float eps) const {
-    kernels_->rms_norm(floats(x), floats(weight), floats(out), n_lines, width, eps, n_threads_);
+    kernels_.rms_norm(floats(x), floats(weight), floats(out), n_lines, width, eps, n_threads_);
   }
 
   void gemm(uintptr_t a, int64_t a_stride, uintptr_t b, int64_t b_stride, Dtype b_dtype,
             uintptr_t c, int64_t c_stride, bool accumulate, bool same_order, uintptr_t rounded,
             int64_t m, int64_t n, int64_t k) const {
-    kernels_->gemm({floats(a), reinterpret_cast<const void*>(b), floats(c), a_stride, b_stride,
-                    c_stride, m, n, k, b_dtype, accumulate, same_order, n_threads_,
-                    reinterpret_cast<sl::RoundedPart*>(rounded)});
+    const auto multiply = rounded ? kernels_.gemm_rounded : kernels_.gemm;
+    multiply({floats(a), reinterpret_cast<const void*>(b), floats(c), a_stride, b_stride, c_stride,
+              m, n, k, b_dtype, accumulate, same_order, n_threads_,
+              reinterpret_cast<sl::RoundedPart*>(rounded)});
   }
 
  private:
@@ -123,7 +131,7 @@ class Core {
     a.n_threads = n_threads_;
   }
 
-  const Kernels* kernels_ = nullptr;
+  Kernels kernels_{};
   int n_threads_;
 };
 

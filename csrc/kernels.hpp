@@ -139,7 +139,7 @@ struct GemmArgs {
   bool accumulate;
   bool same_order;  // of sums whatever m is, so that a row has the same bits in any company
   int n_threads;
-  RoundedPart* rounded;  // null, or room for a in 8 bits (m, k / 32): it is to be rounded to them
+  RoundedPart* rounded;  // null, or room for a in 8 bits (m, k / 32), for gemm_rounded
 };
 
 struct Kernels {
@@ -159,12 +159,15 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n_lines, int64_t width,
                    float eps, int n_threads);
   void (*gemm)(const GemmArgs&);
+  // With a rounded to 8 bits; b in blocks of at most 6 bits.
+  void (*gemm_rounded)(const GemmArgs&);
 };
 
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+void gemm_rounded_avx512vnni(const GemmArgs&);
 #endif
 
 }  // namespace sl

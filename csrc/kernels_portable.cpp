@@ -4,5 +4,6 @@
 
 namespace sl {
 extern const Kernels kernels_portable = {"portable",     portable::append,   portable::attend,
-                                     portable::rope, portable::silu_mul, portable::rms_norm, portable::gemm};
+                                     portable::rope, portable::silu_mul, portable::rms_norm, portable::gemm,
+                                     portable::gemm_rounded};
 }
