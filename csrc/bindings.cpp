@@ -77,7 +77,7 @@ class Core {
   void attend(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, uintptr_t rows,
               int64_t n_rows, uintptr_t chunks, int64_t base, int64_t n_heads,
               int64_t n_kv_heads, int64_t head_dim, Dtype kv_dtype, float scale, int64_t window,
-              float softcap, uintptr_t slopes, uintptr_t sinks, bool same_order) const {
+              float softcap, uintptr_t slopes, uintptr_t sinks) const {
     AttentionArgs a{};
     a.q = floats(q);
     a.q_stride = q_stride;
@@ -93,7 +93,6 @@ class Core {
     a.softcap = softcap;
     a.slopes = floats(slopes);
     a.sinks = floats(sinks);
-    a.same_order = same_order;
     kernels_.attend(a);
   }
 

@@ -116,7 +116,6 @@ struct AttentionArgs {
   const float* slopes;  // null, or of each head: a score gets slope * (position - token's)
   const float* sinks;   // null, or of each head: a score that takes weight and gives no value
   Dtype kv_dtype;       // plain, q8_0 or q4_1; lines of whole blocks
-  bool same_order;      // of a token's sums however many come with it
   int n_threads;
 };
 

@@ -72,7 +72,6 @@ class Core:
         softcap: float,
         slopes: int,
         sinks: int,
-        same_order: bool,
         /,
     ) -> None: ...
     def rope(

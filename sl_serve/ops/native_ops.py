@@ -146,7 +146,6 @@ class NativeOps(TorchOps):
             scoring.softcap or 0.0,
             _of_heads(scoring.slopes, n_heads),
             _of_heads(scoring.sinks, n_heads),
-            self.same_order,
         )
         return out
 

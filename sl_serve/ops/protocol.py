@@ -56,8 +56,8 @@ class Ops(Protocol):
 
     name: str
     dtype: torch.dtype  # of activations; weights may be shorter
-    # Sums of matrix products and of attention are to be in one order for any number of rows, which
-    # is slower for few. The native core obeys; libraries choose for themselves.
+    # Sums of matrix products are to be in one order for any number of rows, which is slower for
+    # few. The native core obeys; libraries choose for themselves.
     same_order: bool
 
     def linear(

@@ -60,7 +60,7 @@ def test_a_row_has_the_bits_it_has_among_many(target: str, name: str) -> None:
     assert not all(found[False])  # or there is nothing to choose
 
 
-N_HEADS, N_KV_HEADS, HEAD_DIM, N_POSITIONS = 6, 2, 64, 150
+N_HEADS, N_KV_HEADS, HEAD_DIM, N_POSITIONS = 6, 2, 128, 150
 
 
 def attended(ops: Ops, width: int, n_new: int, scoring: Scoring) -> torch.Tensor:
@@ -91,14 +91,11 @@ def attended(ops: Ops, width: int, n_new: int, scoring: Scoring) -> torch.Tensor
 def test_a_token_attends_in_the_same_bits_however_many_come_with_it(
     target: str, window: int | None
 ) -> None:
+    """Blocks of 32 positions: shorter than what a cut could take."""
     ops, scoring = NativeOps(1, target), Scoring(window=window)
-    ops.same_order = True
     whole = attended(ops, 1, N_POSITIONS, scoring)
-    assert torch.equal(attended(ops, 1, 1, scoring), whole)
-    assert torch.equal(attended(ops, 1, 7, scoring), whole)
-    ops.same_order = False
-    every = attended(ops, 1, N_POSITIONS, scoring)
-    assert not torch.equal(every, whole)  # or there is nothing to choose
+    for n_new in (1, 7, 40):
+        assert torch.equal(attended(ops, 1, n_new, scoring), whole)
 
 
 @each_target
