@@ -1,4 +1,5 @@
-"""What a request's owner hears: tokens turned into text, stops noticed, log probabilities kept."""
+"""What a request's owner is to hear: tokens turned into text, stops noticed, log probabilities
+kept. The engine tells it."""
 
 from __future__ import annotations
 
@@ -26,32 +27,30 @@ class Delivery:
         self._prompt_logprobs: list[TokenLogprob] = []
         self._prompt_pending = sampling.prompt_logprobs is not None
 
-    def feed(self, result: RowResult) -> bool:
-        """Take in a step's result and tell the owner. True when the request has ended."""
+    def feed(self, result: RowResult) -> TokenOut | None:
+        """Take in a step's result. None where there is no news; the last has a finish reason."""
         if self._prompt_pending:
             # By position, because a parked row computes its prompt again.
             self._prompt_logprobs[result.work.start :] = result.prompt_logprobs
         if result.sampled is not None:
             return self._add_token(result.sampled)
         if self.max_tokens == 0 and result.work.samples:
-            self.end(FinishReason.LENGTH)
-            return True
-        return False
+            return self.end(FinishReason.LENGTH)
+        return None
 
-    def end(self, reason: FinishReason, error: str | None = None) -> None:
+    def end(self, reason: FinishReason, error: str | None = None) -> TokenOut:
         """The last news."""
         text = self._detokenizer.flush() if self.request.output_ids else ""
-        self._tell(text=text, finish_reason=reason, error=error)
+        return self._news(text=text, finish_reason=reason, error=error)
 
-    def _add_token(self, token: SampledToken) -> bool:
+    def _add_token(self, token: SampledToken) -> TokenOut:
         token_id = token.token_id
         self.request.output_ids.append(token_id)
         constraint = self.request.constraint
         if constraint is not None:
             constraint.accept(token_id)
             if constraint.failure is not None:
-                self.end(FinishReason.ERROR, constraint.failure)
-                return True
+                return self.end(FinishReason.ERROR, constraint.failure)
         text = ""
         stop: str | int | None = None
         reason: FinishReason | None = None
@@ -73,8 +72,7 @@ class Delivery:
         elif len(self.request.output_ids) == self.request.sampling.min_tokens:
             self._watch_stops()
         logprobs = () if token.logprob is None else (token.logprob,)
-        self._tell((token_id,), text, logprobs, finish_reason=reason, stop_reason=stop)
-        return reason is not None
+        return self._news((token_id,), text, logprobs, finish_reason=reason, stop_reason=stop)
 
     def _watch_stops(self) -> None:
         sampling = self.request.sampling
@@ -90,7 +88,7 @@ class Delivery:
         skip_special = self.request.sampling.skip_special_tokens
         return self._tokenizer.detokenizer(so_far, stop, include_stop, skip_special)
 
-    def _tell(
+    def _news(
         self,
         token_ids: tuple[int, ...] = (),
         text: str = "",
@@ -98,19 +96,17 @@ class Delivery:
         finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
         error: str | None = None,
-    ) -> None:
+    ) -> TokenOut:
         prompt_logprobs = (None, *self._prompt_logprobs) if self._prompt_pending else None
         self._prompt_pending = False
-        self.request.on_output(
-            TokenOut(
-                self.request.request_id,
-                token_ids,
-                text,
-                logprobs,
-                prompt_logprobs,
-                finish_reason,
-                stop_reason,
-                error,
-                Usage(self.request.n_prompt, len(self.request.output_ids)),
-            )
+        return TokenOut(
+            self.request.request_id,
+            token_ids,
+            text,
+            logprobs,
+            prompt_logprobs,
+            finish_reason,
+            stop_reason,
+            error,
+            Usage(self.request.n_prompt, len(self.request.output_ids)),
         )

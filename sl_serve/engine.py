@@ -19,7 +19,7 @@ import torch
 
 from sl_serve.admission import check_request
 from sl_serve.config import EngineConfig
-from sl_serve.core import FinishReason, Request, StepPlan
+from sl_serve.core import FinishReason, Request, StepPlan, TokenOut
 from sl_serve.delivery import Delivery
 from sl_serve.device.out_of_memory import is_out_of_memory
 from sl_serve.errors import EngineClosedError, EngineDeadError, RequestError, SlServeError
@@ -54,6 +54,7 @@ class Engine:
         self._parts = parts
         self._queue = WaitingQueue(config.queue)
         self._deliveries: dict[str, Delivery] = {}
+        self._is_telling_last = False  # to the owner of a request that has left `_deliveries`
         self._aborted: set[str] = set()
         self._observers: list[StepObserver] = []
         self._totals = Totals()
@@ -127,11 +128,14 @@ class Engine:
         )
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for the present ones. True when all have ended."""
+        """Refuse new requests and wait until the owners of the present ones have heard of their
+        ends. True when all have."""
         with self._changed:
             if self._state is EngineState.RUNNING:
                 self._state = EngineState.DRAINING
-            return self._changed.wait_for(lambda: not self._deliveries, timeout_s)
+            return self._changed.wait_for(
+                lambda: not self._deliveries and not self._is_telling_last, timeout_s
+            )
 
     def close(self) -> None:
         """Stop at the next step boundary; requests that are left end with an error. Idempotent."""
@@ -293,26 +297,43 @@ class Engine:
     def _deliver(self, result: RowResult) -> None:
         request = result.work.request
         request.n_cached = result.work.stop
+        delivery = self._deliveries[request.request_id]
         try:
-            ended = self._deliveries[request.request_id].feed(result)
-        except Exception:
-            logger.exception("request %s: its receiver failed", request.request_id)
-            ended = True
-        if ended:
+            news = delivery.feed(result)
+        except Exception as error:  # its constraint's or its detokenizer's: the others go on
+            logger.exception("request %s: its output failed", request.request_id)
+            news = delivery.end(FinishReason.ERROR, f"{type(error).__name__}: {error}")
+        if news is not None and news.finish_reason is not None:
+            self._tell_last(request, news)
+        elif news is not None and not self._is_heard(request, news):
             self._forget(request)
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        self._tell_last(request, self._deliveries[request.request_id].end(reason, error))
+
+    def _tell_last(self, request: Request, news: TokenOut) -> None:
+        """An owner who hears of the end finds the request's id and memory free."""
+        self._is_telling_last = True
+        self._forget(request)
+        self._is_heard(request, news)
+        with self._changed:
+            self._is_telling_last = False
+            self._changed.notify_all()
+
+    def _is_heard(self, request: Request, news: TokenOut) -> bool:
         try:
-            self._deliveries[request.request_id].end(reason, error)
+            request.on_output(news)
         except Exception:
             logger.exception("request %s: its receiver failed", request.request_id)
-        self._forget(request)
+            return False
+        return True
 
     def _forget(self, request: Request) -> None:
         if request in self._parts.residents:
             self._parts.residents.release(request)
         with self._changed:
             del self._deliveries[request.request_id]
+            self._aborted.discard(request.request_id)  # another may have the id by the next turn
             self._changed.notify_all()
 
     def _end_all(self, reason: str) -> None:

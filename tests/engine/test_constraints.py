@@ -166,6 +166,23 @@ def test_a_constraint_that_fails_ends_its_own_request(running: Engine) -> None:
     assert all(text_of(answers, i).encode() in WORDS for i in (0, 2, 3))
 
 
+class Broken(OneOf):
+    """Has a defect."""
+
+    def accept(self, token_id: int) -> None:
+        raise KeyError(token_id)
+
+
+def test_a_constraint_that_raises_ends_its_own_request(running: Engine) -> None:
+    requests, answers = constrained(4, lambda: OneOf(WORDS))
+    requests[1].constraint = Broken(WORDS)
+    running.submit(requests)
+    answers.wait()
+    assert answers.news[1][-1].finish_reason is FinishReason.ERROR
+    assert str(answers.news[1][-1].error).startswith("KeyError: ")
+    assert all(text_of(answers, i).encode() in WORDS for i in (0, 2, 3))
+
+
 SCARCE_KV_BYTES = 400_000
 
 

@@ -56,8 +56,14 @@ class Owner:
     ) -> None:
         self.heard: list[TokenOut] = []
         prompt_ids = ids(prompt) if isinstance(prompt, str) else list(prompt)
-        self.request = Request("r", prompt_ids, SamplingParams(**params), self.heard.append)
+        self.request = Request("r", prompt_ids, SamplingParams(**params), lambda _: None)
         self.delivery = Delivery(self.request, TOKENIZER, max_model_len)
+
+    def hear(self, news: TokenOut | None) -> bool:
+        """True when it is the last."""
+        if news is not None:
+            self.heard.append(news)
+        return news is not None and news.finish_reason is not None
 
     def work(self, start: int, stop: int) -> RowWork:
         samples = stop == self.request.n_tokens
@@ -69,11 +75,11 @@ class Owner:
             TokenLogprob(t, -float(run * 100 + position))
             for position, t in enumerate(self.request.prompt_ids[start + 1 : stop + 1], start + 1)
         ]
-        return self.delivery.feed(RowResult(self.work(start, stop), found, None))
+        return self.hear(self.delivery.feed(RowResult(self.work(start, stop), found, None)))
 
     def token(self, token_id: int, logprob: TokenLogprob | None = None) -> bool:
         work = self.work(self.request.n_tokens - 1, self.request.n_tokens)
-        return self.delivery.feed(RowResult(work, [], SampledToken(token_id, logprob)))
+        return self.hear(self.delivery.feed(RowResult(work, [], SampledToken(token_id, logprob))))
 
     def tokens(self, token_ids: list[int]) -> bool:
         """Feeds them all; none but the last may end the request. True when it did."""
@@ -347,7 +353,7 @@ def test_an_unfinished_character_is_flushed_as_a_replacement() -> None:
 def test_an_abort_tells_what_was_held() -> None:
     owner = Owner(stop=("abc",))
     owner.tokens(ids("zab"))
-    owner.delivery.end(FinishReason.ABORT)
+    owner.hear(owner.delivery.end(FinishReason.ABORT))
     assert owner.text == "zab"
     assert (owner.last.token_ids, owner.last.finish_reason) == ((), FinishReason.ABORT)
     assert owner.last.usage == Usage(3, 3)
@@ -355,7 +361,7 @@ def test_an_abort_tells_what_was_held() -> None:
 
 def test_an_end_before_the_first_token_has_no_text() -> None:
     owner = Owner(prompt="a€".encode()[:2])
-    owner.delivery.end(FinishReason.ERROR, "the engine failed")
+    owner.hear(owner.delivery.end(FinishReason.ERROR, "the engine failed"))
     assert (owner.text, owner.last.error) == ("", "the engine failed")
     assert (owner.last.finish_reason, owner.last.usage) == (FinishReason.ERROR, Usage(2, 0))
 

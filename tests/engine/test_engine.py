@@ -177,6 +177,39 @@ def test_a_failing_step_reaches_every_request(folder: Path, after_steps: int) ->
             running.submit(later)
 
 
+def test_who_hears_of_the_end_may_use_the_id_again(folder: Path) -> None:
+    """An abort that came too late is not the next request's."""
+    with engine(folder, config()) as running:
+        second, answers = requests_for([PROMPT], replace(GREEDY, max_tokens=3))
+        used_bytes: list[int] = []
+
+        def hear(out: TokenOut) -> None:
+            running.abort(out.request_id)
+            if out.finish_reason is not None:
+                used_bytes.append(running.snapshot().kv_used_bytes)
+                running.submit(second)
+
+        sampling = replace(GREEDY, max_tokens=1)
+        running.submit([Request(second[0].request_id, PROMPT, sampling, hear)])
+        assert [len(ids) for ids in answers.wait()] == [3]
+    assert used_bytes == [0]
+
+
+def test_drain_waits_until_the_last_news_is_heard(folder: Path) -> None:
+    told, heard = threading.Event(), threading.Event()
+
+    def hear(out: TokenOut) -> None:
+        told.set()
+        assert heard.wait(30)
+
+    with engine(folder, config()) as running:
+        running.submit([Request("slow", PROMPT, replace(GREEDY, max_tokens=1), hear)])
+        assert told.wait(30)
+        assert not running.drain(0.05)
+        heard.set()
+        assert running.drain(30)
+
+
 def test_drain_finishes_what_runs_and_refuses_the_rest(folder: Path) -> None:
     with engine(folder, config()) as running:
         requests, answers = requests_for([PROMPT] * 3, LONG)
