@@ -1,5 +1,5 @@
 """What a request's owner is to hear: tokens turned into text, stops noticed, log probabilities
-kept. The engine tells it."""
+kept. `Deliveries` tells it."""
 
 from __future__ import annotations
 

@@ -19,10 +19,11 @@ import torch
 
 from sl_serve.admission import check_request
 from sl_serve.config import EngineConfig
-from sl_serve.core import FinishReason, Request, StepPlan, TokenOut
+from sl_serve.core import FinishReason, Request, StepPlan
+from sl_serve.deliveries import Deliveries
 from sl_serve.delivery import Delivery
 from sl_serve.device.out_of_memory import is_out_of_memory
-from sl_serve.errors import EngineClosedError, EngineDeadError, RequestError, SlServeError
+from sl_serve.errors import EngineClosedError, EngineDeadError, SlServeError
 from sl_serve.loader import Parts
 from sl_serve.logits import FailedRowsError, RowResult
 from sl_serve.sched.packer import pack
@@ -53,9 +54,6 @@ class Engine:
         self.memory_tiers = parts.plan.tiers()
         self._parts = parts
         self._queue = WaitingQueue(config.queue)
-        self._deliveries: dict[str, Delivery] = {}
-        self._is_telling_last = False  # to the owner of a request that has left `_deliveries`
-        self._aborted: set[str] = set()
         self._observers: list[StepObserver] = []
         self._totals = Totals()
         self._limit = StepLimit()
@@ -63,6 +61,7 @@ class Engine:
         self._state = EngineState.RUNNING
         self._reason: str | None = None
         self._changed = threading.Condition()  # guards what other threads touch
+        self._deliveries = Deliveries(self._changed, self._release)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -83,31 +82,22 @@ class Engine:
             if sampling.max_tokens is not None:
                 most = min(most, request.n_prompt + sampling.max_tokens)
             request.most_tokens, request.arrival_s = most, time.monotonic()
-        deliveries = {
-            r.request_id: Delivery(r, self.tokenizer, self.max_model_len) for r in requests
-        }
+        deliveries = [Delivery(r, self.tokenizer, self.max_model_len) for r in requests]
         with self._changed:
             self._check_state()
-            taken = self._deliveries.keys() & deliveries.keys()
-            if taken or len(deliveries) < len(requests):
-                raise RequestError(f"request id {taken or 'given twice'} is in use", "request_id")
             # The engine thread takes from the queue without this lock: whatever it finds there
             # must have its delivery.
-            self._deliveries |= deliveries
+            self._deliveries.add(deliveries)
             try:
                 self._queue.push(requests, self._retry_after_s())
             except SlServeError:
-                for request_id in deliveries:
-                    del self._deliveries[request_id]
+                self._deliveries.remove(deliveries)
                 raise
             self._changed.notify_all()
 
     def abort(self, request_id: str) -> None:
         """End a request at the next step boundary; unknown ids are ignored."""
-        with self._changed:
-            if request_id in self._deliveries:
-                self._aborted.add(request_id)
-                self._changed.notify_all()
+        self._deliveries.abort(request_id)
 
     def on_step(self, observer: StepObserver) -> None:
         """`observer` is called on the engine thread after each step; it must not block or raise."""
@@ -133,9 +123,7 @@ class Engine:
         with self._changed:
             if self._state is EngineState.RUNNING:
                 self._state = EngineState.DRAINING
-            return self._changed.wait_for(
-                lambda: not self._deliveries and not self._is_telling_last, timeout_s
-            )
+            return self._changed.wait_for(lambda: self._deliveries.all_heard, timeout_s)
 
     def close(self) -> None:
         """Stop at the next step boundary; requests that are left end with an error. Idempotent."""
@@ -199,14 +187,10 @@ class Engine:
         return n_rows if self._background_waited else sys.maxsize
 
     def _take_out_aborted(self) -> None:
-        with self._changed:
-            aborted, self._aborted = self._aborted, set()
-        for request_id in aborted:
-            if request_id in self._deliveries:
-                request = self._deliveries[request_id].request
-                if request not in self._parts.residents:
-                    self._queue.pop(request)
-                self._finish(request, FinishReason.ABORT)
+        for request in self._deliveries.take_aborted():
+            if request not in self._parts.residents:
+                self._queue.pop(request)
+            self._deliveries.end(request, FinishReason.ABORT)
 
     def _admit(self, parked: list[Request]) -> None:
         """`parked`: this turn; grows by what gives way. What they left is for the rows that run and
@@ -246,7 +230,8 @@ class Engine:
         for observer in self._observers:
             observer(stats)
         for result in results:  # last: whoever has an answer finds all its steps counted
-            self._deliver(result)
+            result.work.request.n_cached = result.work.stop
+            self._deliveries.feed(result)
 
     def _computed(self, plan: StepPlan) -> list[RowResult] | None:
         """None where the step failed and the engine goes on: `n_cached` has moved for no row, so
@@ -264,7 +249,7 @@ class Engine:
         except FailedRowsError as error:
             for request in error.requests:
                 logger.error("request %s: %s", request.request_id, error)
-                self._finish(request, FinishReason.ERROR, str(error))
+                self._deliveries.end(request, FinishReason.ERROR, str(error))
             self._parts.sweep.restart()  # hidden states that nobody took may be on their way
             return None
         except Exception as error:
@@ -292,54 +277,17 @@ class Engine:
         self._limit.lift()
         request = plan.sub_batches[0].rows[0].request
         logger.error("request %s: memory ran short for it alone (%s)", request.request_id, reason)
-        self._finish(request, FinishReason.ERROR, f"memory ran short for it alone: {reason}")
+        self._deliveries.end(
+            request, FinishReason.ERROR, f"memory ran short for it alone: {reason}"
+        )
 
-    def _deliver(self, result: RowResult) -> None:
-        request = result.work.request
-        request.n_cached = result.work.stop
-        delivery = self._deliveries[request.request_id]
-        try:
-            news = delivery.feed(result)
-        except Exception as error:  # its constraint's or its detokenizer's: the others go on
-            logger.exception("request %s: its output failed", request.request_id)
-            news = delivery.end(FinishReason.ERROR, f"{type(error).__name__}: {error}")
-        if news is not None and news.finish_reason is not None:
-            self._tell_last(request, news)
-        elif news is not None and not self._is_heard(request, news):
-            self._forget(request)
-
-    def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        self._tell_last(request, self._deliveries[request.request_id].end(reason, error))
-
-    def _tell_last(self, request: Request, news: TokenOut) -> None:
-        """An owner who hears of the end finds the request's id and memory free."""
-        self._is_telling_last = True
-        self._forget(request)
-        self._is_heard(request, news)
-        with self._changed:
-            self._is_telling_last = False
-            self._changed.notify_all()
-
-    def _is_heard(self, request: Request, news: TokenOut) -> bool:
-        try:
-            request.on_output(news)
-        except Exception:
-            logger.exception("request %s: its receiver failed", request.request_id)
-            return False
-        return True
-
-    def _forget(self, request: Request) -> None:
+    def _release(self, request: Request) -> None:
         if request in self._parts.residents:
             self._parts.residents.release(request)
-        with self._changed:
-            del self._deliveries[request.request_id]
-            self._aborted.discard(request.request_id)  # another may have the id by the next turn
-            self._changed.notify_all()
 
     def _end_all(self, reason: str) -> None:
         self._queue.drain()
-        for delivery in list(self._deliveries.values()):
-            self._finish(delivery.request, FinishReason.ERROR, reason)
+        self._deliveries.end_all(reason)
 
     def _die(self, reason: str) -> None:
         """Every present and later request hears the reason."""
