@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import random
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -20,12 +23,14 @@ from tests.e2e.serving import serving
 N_CLIENTS = 24
 N_SAMPLES = 40
 WAIT_S = 60.0
+PYTHON_BLOCK_BYTES = 64  # small objects, outside malloc: about their mean
 
 
 @dataclass(frozen=True)
 class Sample:
     n_requests: int
-    rss_bytes: int
+    in_use_bytes: int  # what is allocated; without what the allocator keeps for later
+    resident_bytes: int
     n_files: int
     n_threads: int
 
@@ -38,9 +43,16 @@ class Soak:
 
     @property
     def bytes_per_request(self) -> float:
-        """How memory grows, by least squares over the second half."""
+        """How memory in use grows, by least squares over the second half. Resident memory would
+        not do: it is a system's to take away and the allocator's to keep in pieces."""
         half = self.samples[len(self.samples) // 2 :]
-        return float(np.polyfit([s.n_requests for s in half], [s.rss_bytes for s in half], 1)[0])
+        return float(np.polyfit([s.n_requests for s in half], [s.in_use_bytes for s in half], 1)[0])
+
+    @property
+    def resident_growth(self) -> float:
+        """Over the second half, as a share."""
+        first, last = self.samples[len(self.samples) // 2], self.samples[-1]
+        return last.resident_bytes / first.resident_bytes - 1
 
 
 async def soak(
@@ -67,9 +79,35 @@ async def soak(
 
 def _sample(n_requests: int) -> Sample:
     process = psutil.Process()
+    resident_bytes = process.memory_info().rss
     return Sample(
-        n_requests, process.memory_info().rss, process.num_fds(), threading.active_count()
+        n_requests,
+        _in_use_bytes() or resident_bytes,
+        resident_bytes,
+        process.num_fds(),
+        threading.active_count(),
     )
+
+
+class _MallInfo(ctypes.Structure):
+    """`struct mallinfo2`, see mallinfo(3)."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks")),
+        ("keepcost", ctypes.c_size_t),
+    ]
+
+
+def _in_use_bytes() -> int:
+    """malloc's, of all its arenas, and Python's own blocks; 0 without glibc 2.33."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return 0
+    gc.collect()
+    libc.mallinfo2.restype = _MallInfo
+    found = libc.mallinfo2()
+    return int(found.uordblks + found.hblkhd + PYTHON_BLOCK_BYTES * sys.getallocatedblocks())
 
 
 async def _one(client: httpx.AsyncClient, seed: int, number: int, found: Soak) -> None:
