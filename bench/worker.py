@@ -34,8 +34,8 @@ def run_job(case: Case, system: str, model: Path) -> dict[str, Any]:
 
 def _placement(case: Case, model: Path) -> Placement:
     """As the engine will run the case, from the memory that a process of its own finds."""
-    from sl_serve.loader import plan_checkpoint
     from sl_serve.plan.placement import Workload, placement_of
+    from sl_serve.stored_model import plan_checkpoint
     from sl_serve.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model)

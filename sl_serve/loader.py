@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from sl_serve.config import DTypeName, EngineConfig, ModelConfig
-from sl_serve.device import Device, device_budget_bytes, open_device
-from sl_serve.errors import MemoryBudgetError
+from sl_serve.config import EngineConfig, ModelConfig
+from sl_serve.device import Device, open_device
 from sl_serve.hidden import HiddenStates, ResidentHidden, SwappedHidden
 from sl_serve.kv.access import InPlaceKV, KVAccess
 from sl_serve.kv.attention import Attention, DeviceAttention
@@ -22,13 +20,10 @@ from sl_serve.kv.resident import ResidentAccess, ResidentKV, TieredKV
 from sl_serve.kv.split_attention import SplitAttention
 from sl_serve.kv.windows import WindowedKV
 from sl_serve.logits import Head
-from sl_serve.models import Family, StaticTensors, load_family
 from sl_serve.openmp import release_workers
 from sl_serve.ops import Ops, choose_ops
-from sl_serve.plan.budget import host_budget_bytes
-from sl_serve.plan.fit import plan_memory
-from sl_serve.plan.memory import MemoryPlan, WeightSizes
-from sl_serve.plan.model_reader import stored_dtype, stored_formats, torch_dtype
+from sl_serve.plan.memory import MemoryPlan
+from sl_serve.plan.model_reader import torch_dtype
 from sl_serve.plan.step_memory import (
     logits_lines,
     n_layer_slots,
@@ -37,6 +32,7 @@ from sl_serve.plan.step_memory import (
 )
 from sl_serve.sched.residents import Residents
 from sl_serve.step import Sweep
+from sl_serve.stored_model import StoredModel
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.disk import Readers
 from sl_serve.weights.embedding import (
@@ -46,22 +42,18 @@ from sl_serve.weights.embedding import (
     ResidentEmbedding,
 )
 from sl_serve.weights.expander import Expander
-from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.head import FileHead, HeadWeight, ResidentHead
 from sl_serve.weights.host import (
-    check_checkpoint,
     load_image,
     load_static,
     plain_rows,
-    static_bytes,
 )
 from sl_serve.weights.layout import LayerLayout, LayerWeights
 from sl_serve.weights.quantised import QuantisedRows, Rows
-from sl_serve.weights.requantised import with_weights
 from sl_serve.weights.source import WeightSource
 from sl_serve.weights.store import LayerStore
 from sl_serve.weights.streamer import load_resident, weight_source
-from sl_serve.weights.tiers import OnLayer, open_store, served_by_files, spread
+from sl_serve.weights.tiers import OnLayer, open_store, spread
 
 OnPlan = Callable[[MemoryPlan], None]
 
@@ -88,11 +80,6 @@ class Parts:
         self.sweep.device.close()
 
 
-def plan_checkpoint(checkpoint: Checkpoint, config: EngineConfig) -> MemoryPlan:
-    """The memory plan, without reading any weight. Raises CheckpointError, MemoryBudgetError."""
-    return _Model.planned(checkpoint, config)[1]
-
-
 def load(
     checkpoint: Checkpoint,
     config: EngineConfig,
@@ -104,7 +91,7 @@ def load(
 
     `device` overrides the one that `config` names, for simulations with a profile of their own.
     """
-    model, plan = _Model.planned(checkpoint, config)
+    model, plan = StoredModel.planned(checkpoint, config)
     checkpoint = model.checkpoint
     on_plan(plan)
     n_threads = config.n_threads or torch.get_num_threads()
@@ -121,7 +108,7 @@ def load(
         ops=ops,
         device=device,
         static=_static_on(device, host_static, dtype),
-        embedding=model.embedding(plan, host_static),
+        embedding=_embedding(model, plan, host_static),
         weights=weights,
         attention=_attention(model, plan, device, ops, n_threads),
         hidden=_hidden(plan, device, ops, checkpoint.config),
@@ -130,7 +117,7 @@ def load(
     return Parts(
         plan=plan,
         sweep=sweep,
-        head=_head(model, sweep, plan, model.head(plan, sweep, readers)),
+        head=_head(model, sweep, plan, _head_weight(model, plan, sweep, readers)),
         residents=Residents(
             plan.kv,
             plan.n_chunks,
@@ -145,144 +132,6 @@ def load(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A checkpoint as this configuration stores it."""
-
-    checkpoint: Checkpoint
-    config: EngineConfig
-    family: Family
-    formats: Mapping[str, Format]  # of tensors that are not in the layout's dtype
-    layout: LayerLayout
-    static: StaticTensors
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, config: EngineConfig) -> _Model:
-        """Raises CheckpointError before any weight is read if one is missing or misshapen."""
-        settings = checkpoint.config
-        checkpoint = with_weights(checkpoint, config.weights)
-        family = load_family(settings.family)
-        params, static = family.layer_params(settings), family.static_tensors(settings)
-        check_checkpoint(checkpoint, params, dict(static.values()))
-        dtype = torch_dtype(_stored_as(checkpoint, config))
-        formats = _formats(checkpoint, config)
-        layout = LayerLayout(params, dtype, formats, settings.n_layers)
-        return cls(checkpoint, config, family, formats, layout, static)
-
-    @classmethod
-    def planned(cls, checkpoint: Checkpoint, config: EngineConfig) -> tuple[_Model, MemoryPlan]:
-        """With layers as stored; or, where a device has room for all of them expanded and for no
-        less KV, so for good. Raises MemoryBudgetError."""
-        model = cls.of(checkpoint, config)
-        whole = model._all_expanded()
-        try:
-            plan = model.plan()
-        except MemoryBudgetError:
-            if whole is None:
-                raise
-            return whole
-        if whole is not None and whole[1].device_kv_bytes >= plan.device_kv_bytes:
-            return whole
-        return model, plan
-
-    def _all_expanded(self) -> tuple[_Model, MemoryPlan] | None:
-        """Where a device has room for that."""
-        if self.config.device == "cpu" or not self.layout.expanded_bytes:
-            return None
-        model = replace(self, layout=self.layout.expanded)
-        try:
-            plan = model.plan()
-        except MemoryBudgetError:
-            return None
-        stay = plan.n_device_layers == plan.kv.n_layers and not plan.swaps_hidden
-        return (model, plan) if stay else None
-
-    @property
-    def n_parameters(self) -> int:
-        static = sum(math.prod(shape) for shape in dict(self.static.values()).values())
-        n_layers = self.checkpoint.config.n_layers
-        in_layers = sum(
-            math.prod(p.shape) * len(p.owners) * sum(map(p.is_in, range(n_layers)))
-            for p in self.layout.params
-        )
-        return in_layers + static
-
-    def plan(self) -> MemoryPlan:
-        config, settings = self.config, self.checkpoint.config
-        return plan_memory(
-            settings,
-            config,
-            self._sizes(),
-            # Attention reads host memory in place, or one bulk copy takes the prefix over the link.
-            "row" if config.device == "cpu" else "position",
-            host_budget_bytes(config.host_memory_bytes),
-            device_budget_bytes(config.device, config.device_memory_bytes),
-        )
-
-    def static_names(self, plan: MemoryPlan) -> dict[str, str]:
-        """Our name -> the checkpoint's, of what stays in memory."""
-        names = {ours: source for ours, (source, _) in self.static.items()}
-        if plan.embedding_on_disk:
-            del names["embed"]
-        if plan.head_on_disk:
-            del names["head"]
-        return names
-
-    def embedding(self, plan: MemoryPlan, static: LayerWeights) -> Embedding:
-        if not plan.embedding_on_disk:
-            table = static["embed"]
-            quantised = isinstance(table, QuantisedRows)
-            return QuantisedEmbedding(table) if quantised else ResidentEmbedding(table)
-        source, (n_rows, width) = self.static["embed"]
-        location = self.checkpoint.location(source)
-        assert location is not None
-        return FileEmbedding(location, n_rows, width)
-
-    def head(self, plan: MemoryPlan, sweep: Sweep, readers: Readers) -> HeadWeight:
-        if not plan.head_on_disk:
-            return ResidentHead(sweep.static["head"])
-        source, (n_rows, width) = self.static["head"]
-        location = self.checkpoint.location(source)
-        assert location is not None
-        return FileHead(location, (n_rows, width), readers, sweep.device)
-
-    def _sizes(self) -> WeightSizes:
-        settings, static = self.checkpoint.config, self.static.values()
-        on_device, plain_format = self.config.device != "cpu", plain(self.layout.dtype)
-        formats = {source: self.formats.get(source, plain_format) for source, _ in static}
-        used = dict.fromkeys(formats, plain_format) if on_device else formats
-        sizes = {source: static_bytes(shape, used[source]) for source, shape in static}
-        (head, _), (embed, embed_shape) = self.static["head"], self.static["embed"]
-        embedding_bytes = 0 if embed == head else sizes[embed]
-        if on_device:  # on the host, as stored
-            embedding_bytes = static_bytes(embed_shape, formats[embed])
-        places = [(self.checkpoint.location(s), formats[s].dtype) for s in (head, embed)]
-        in_files = served_by_files(self.checkpoint, self.layout, settings.n_layers)
-        return WeightSizes(
-            layer_bytes=self.layout.image_bytes,
-            expanded_layer_bytes=self.layout.expanded_bytes if on_device else 0,
-            embedding_bytes=embedding_bytes,
-            head_bytes=sizes[head],
-            others_bytes=sum(sizes.values()) - sum(sizes[s] for s in {head, embed}),
-            disk_tier=in_files or self.config.disk_dir is not None,
-            vocabulary_in_file=all(found and d and found.dtype == d for found, d in places),
-            expert_bytes=self.layout.expert_bytes,
-        )
-
-
-def _stored_as(checkpoint: Checkpoint, config: EngineConfig) -> DTypeName:
-    """The processor computes in float32 with weights as short as the checkpoint has them: the
-    conversion is exact, and half the bytes are read. Elsewhere weights are what is computed with.
-    """
-    return stored_dtype(checkpoint) if _widens(config) else config.dtype
-
-
-def _formats(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Format]:
-    if config.device == "cpu":
-        return stored_formats(checkpoint) if _widens(config) else {}
-    return stored_formats(checkpoint, has_device=True)
-
-
 def _static_on(device: Device, host_static: Mapping[str, Rows], dtype: torch.dtype) -> LayerWeights:
     """All but the embedding, which is looked up on the host: a step needs few of its rows. A
     device gets numbers of `dtype`, which are computed with in every step."""
@@ -293,7 +142,7 @@ def _static_on(device: Device, host_static: Mapping[str, Rows], dtype: torch.dty
 
 
 def _weights(
-    model: _Model,
+    model: StoredModel,
     plan: MemoryPlan,
     device: Device,
     ops: Ops,
@@ -330,10 +179,6 @@ def _expander(device: Device, ops: Ops, layout: LayerLayout, plan: MemoryPlan) -
     return Expander(device, ops, layout, n_layers) if needed else None
 
 
-def _widens(config: EngineConfig) -> bool:
-    return config.device == "cpu" and config.dtype == "float32"
-
-
 def _hidden(plan: MemoryPlan, device: Device, ops: Ops, settings: ModelConfig) -> HiddenStates:
     if not plan.swaps_hidden:
         return ResidentHidden()
@@ -342,7 +187,7 @@ def _hidden(plan: MemoryPlan, device: Device, ops: Ops, settings: ModelConfig) -
 
 
 def _attention(
-    model: _Model, plan: MemoryPlan, device: Device, ops: Ops, n_threads: int
+    model: StoredModel, plan: MemoryPlan, device: Device, ops: Ops, n_threads: int
 ) -> Attention:
     if plan.host_attends:
         n_heads = model.checkpoint.config.n_heads
@@ -384,7 +229,29 @@ def _host_attention(
     return SplitAttention(DeviceAttention(ops, access), on_host)
 
 
-def _head(model: _Model, sweep: Sweep, plan: MemoryPlan, weight: HeadWeight) -> Head:
+def _embedding(model: StoredModel, plan: MemoryPlan, static: LayerWeights) -> Embedding:
+    if not plan.embedding_on_disk:
+        table = static["embed"]
+        quantised = isinstance(table, QuantisedRows)
+        return QuantisedEmbedding(table) if quantised else ResidentEmbedding(table)
+    source, (n_rows, width) = model.static["embed"]
+    location = model.checkpoint.location(source)
+    assert location is not None
+    return FileEmbedding(location, n_rows, width)
+
+
+def _head_weight(
+    model: StoredModel, plan: MemoryPlan, sweep: Sweep, readers: Readers
+) -> HeadWeight:
+    if not plan.head_on_disk:
+        return ResidentHead(sweep.static["head"])
+    source, (n_rows, width) = model.static["head"]
+    location = model.checkpoint.location(source)
+    assert location is not None
+    return FileHead(location, (n_rows, width), readers, sweep.device)
+
+
+def _head(model: StoredModel, sweep: Sweep, plan: MemoryPlan, weight: HeadWeight) -> Head:
     def head_input(x: torch.Tensor) -> torch.Tensor:
         return model.family.head_input(sweep.config, sweep.ops, sweep.static, x)
 

@@ -11,13 +11,13 @@ from sl_serve.config import EngineConfig, SchedulerConfig
 from sl_serve.device import device_budget_bytes
 from sl_serve.errors import MemoryBudgetError
 from sl_serve.kv.formats import KV_FORMATS, stored_format
-from sl_serve.loader import plan_checkpoint
 from sl_serve.plan.model_reader import read_sizes, stored_formats, torch_dtype
 from sl_serve.plan.placement import Workload
 from sl_serve.plan.planner import Budgets, Plan, choose, engine_abilities
 from sl_serve.plan.pools import KVPools, floor_power_of_two
 from sl_serve.plan.probe import Say, measurable_folder, probe
 from sl_serve.plan.probe_compute import Shapes
+from sl_serve.stored_model import plan_checkpoint
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.requantised import with_weights
 

@@ -26,7 +26,7 @@ from bench.disk_report import TARGETS, build_report, render
 from bench.errors import BenchError
 from bench.peers import accelerate_disk
 from bench.random_model import cached_random_model, write_random_model
-from sl_serve import loader
+from sl_serve import stored_model
 from sl_serve.errors import UserError
 from sl_serve.weights.shapes import SHAPES
 
@@ -141,7 +141,7 @@ def test_ours_reads_its_layers_from_disk_and_agrees_with_the_peer(
     small: Path, monkeypatch: pytest.MonkeyPatch, head_on_disk: bool
 ) -> None:
     case = replace(disk_case_of(small, 4, 10**9), output_tokens=4)
-    plan_memory = loader.plan_memory
+    plan_memory = stored_model.plan_memory
 
     def planned(*args: Any) -> Any:
         plan = plan_memory(*args)
@@ -152,7 +152,7 @@ def test_ours_reads_its_layers_from_disk_and_agrees_with_the_peer(
             head_on_disk=head_on_disk,
         )
 
-    monkeypatch.setattr(loader, "plan_memory", planned)
+    monkeypatch.setattr(stored_model, "plan_memory", planned)
     ours = disk_work.measure(case, small)
     assert ours.extras["disk_bytes"] == 4 * LAYER_BYTES + head_on_disk * HEAD_BYTES
     steps = [DiskStep(**step) for step in ours.extras["steps"]]
@@ -166,7 +166,7 @@ def test_ours_reads_its_layers_from_disk_and_agrees_with_the_peer(
 def test_other_weights_come_from_a_file_of_their_own(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan_memory = loader.plan_memory
+    plan_memory = stored_model.plan_memory
 
     def planned(*args: Any) -> Any:
         plan = plan_memory(*args)
@@ -174,7 +174,7 @@ def test_other_weights_come_from_a_file_of_their_own(
         assert layer_bytes < 0.4 * LAYER_BYTES
         return replace(plan, n_disk_layers=4, disk_bytes=4 * layer_bytes)
 
-    monkeypatch.setattr(loader, "plan_memory", planned)
+    monkeypatch.setattr(stored_model, "plan_memory", planned)
     found = disk_work.run_job("sl-serve:int4", small, 2, 10**9, tmp_path)
     assert 0 < found["extras"]["disk_bytes"] < 4 * 0.4 * LAYER_BYTES
     assert [len(ids) for ids in found["output_ids"]] == [16, 16]

@@ -18,7 +18,7 @@ from bench.gpu_peers import MEASURE, PACKAGES, batch_of
 from bench.gpu_report import GpuResults, bound_s, build_report, render
 from bench.timeline import STREAMS, Timeline, draw
 from sl_serve import device as device_module
-from sl_serve import loader
+from sl_serve import stored_model
 from sl_serve.device import SimDevice, Span
 from tests.engine.fake_cuda import FakeRuntime, LazyCudaDevice, fake_cuda
 from tests.engine.running import GREEDY, config, engine, run
@@ -184,7 +184,7 @@ def test_our_own_run_on_a_gpu_that_is_imagined(
 ) -> None:
     """All of the worker but the hardware: dummy weights, both runs, counters, one timeline."""
     if not stays:  # this small a model would fit whole
-        monkeypatch.setattr(loader, "device_budget_bytes", lambda *_: None)
+        monkeypatch.setattr(stored_model, "device_budget_bytes", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 123)
     shares: list[float] = []

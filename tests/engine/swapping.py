@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sl_serve import loader
+from sl_serve import stored_model
 from sl_serve.config import EngineConfig
 from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.memory import MemoryPlan
@@ -30,7 +30,7 @@ def swap(patch: pytest.MonkeyPatch) -> None:
     def plan(*args: object) -> MemoryPlan:
         return replace(plan_memory(*args), hidden_bytes=1)  # type: ignore[arg-type]
 
-    patch.setattr(loader, "plan_memory", plan)
+    patch.setattr(stored_model, "plan_memory", plan)
 
 
 def settings_of(n_sub_batches: int, look_ahead: int = 1, chunk: int = 24) -> EngineConfig:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sl_serve import loader
+from sl_serve import stored_model
 from sl_serve.config import DTypeName, EngineConfig
 from sl_serve.device import CudaDevice, Stream
 from sl_serve.engine import Engine
@@ -51,7 +51,7 @@ def placement(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Tiny models fit onto any GPU, layers and KV. Without a ceiling of its own the device counts
     as host memory, and everything passes through it."""
     if request.param == "streamed":
-        monkeypatch.setattr(loader, "device_budget_bytes", lambda *_: None)
+        monkeypatch.setattr(stored_model, "device_budget_bytes", lambda *_: None)
     return str(request.param)
 
 
@@ -89,7 +89,7 @@ def test_in_16_bits_the_tokens_are_the_serial_twins(
 def test_without_pinned_memory_the_tokens_are_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "device_budget_bytes", lambda *_: None)
+    monkeypatch.setattr(stored_model, "device_budget_bytes", lambda *_: None)
     with engine(folder, settings_of(n_sub_batches=2)) as running:
         expected = run(running, PROMPTS)
     device = CudaDevice()

@@ -10,9 +10,10 @@ import pytest
 from sl_serve.config import EngineConfig
 from sl_serve.device import SimDevice
 from sl_serve.errors import MemoryBudgetError
-from sl_serve.loader import Parts, plan_checkpoint
+from sl_serve.loader import Parts
 from sl_serve.plan.budget import parse_size
 from sl_serve.plan.memory import MemoryPlan
+from sl_serve.stored_model import plan_checkpoint
 from sl_serve.weights.checkpoint import open_checkpoint
 from tests.engine.running import config, engine, random_prompts, run, steps_of
 from tests.models import TINY_MODELS

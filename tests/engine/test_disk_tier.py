@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sl_serve import loader
+from sl_serve import loader, stored_model
 from sl_serve.config import EngineConfig, SchedulerConfig
 from sl_serve.core import FinishReason
 from sl_serve.device import SimDevice
 from sl_serve.errors import EngineDeadError, MemoryBudgetError, UserError
-from sl_serve.loader import Parts, plan_checkpoint
+from sl_serve.loader import Parts
 from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.memory import MemoryPlan
+from sl_serve.stored_model import plan_checkpoint
 from sl_serve.weights import tiers
 from sl_serve.weights.checkpoint import open_checkpoint
 from tests.engine.running import (
@@ -60,7 +61,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> Force:
                 head_on_disk=vocabulary,
             )
 
-        monkeypatch.setattr(loader, "plan_memory", planned)
+        monkeypatch.setattr(stored_model, "plan_memory", planned)
 
     return force
 
@@ -223,7 +224,7 @@ def big(tmp_path: Path) -> Path:
 def test_layers_beyond_the_budget_stay_on_disk(
     big: Path, monkeypatch: pytest.MonkeyPatch, available_mb: int
 ) -> None:
-    monkeypatch.setattr(loader, "host_budget_bytes", lambda _: available_mb * 10**6)
+    monkeypatch.setattr(stored_model, "host_budget_bytes", lambda _: available_mb * 10**6)
     settings = EngineConfig(
         kv_memory_bytes=KV_BYTES, scheduler=SchedulerConfig(max_rows=4, prefill_chunk_tokens=16)
     )
@@ -246,7 +247,7 @@ def test_layers_beyond_the_budget_stay_on_disk(
 def test_a_budget_below_the_minimum_is_refused_with_the_sum_and_a_way_out(
     big: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "host_budget_bytes", lambda _: 30 * 10**6)
+    monkeypatch.setattr(stored_model, "host_budget_bytes", lambda _: 30 * 10**6)
     checkpoint = open_checkpoint(big)
     with pytest.raises(MemoryBudgetError, match=r"raise --host-memory to \d+MiB"):
         plan_checkpoint(checkpoint, EngineConfig(host_memory_bytes=300 * 10**6))
@@ -255,4 +256,4 @@ def test_a_budget_below_the_minimum_is_refused_with_the_sum_and_a_way_out(
 
 def test_a_budget_above_what_is_there_is_refused() -> None:
     with pytest.raises(MemoryBudgetError, match=r"asks for 1048576\.0 GiB, .* are there"):
-        loader.host_budget_bytes(1 << 50)
+        stored_model.host_budget_bytes(1 << 50)

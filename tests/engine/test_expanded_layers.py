@@ -12,18 +12,19 @@ import gguf
 import pytest
 import torch
 
-from sl_serve import loader
+from sl_serve import loader, stored_model
 from sl_serve.config import AttentionPlacement, DTypeName, EngineConfig
 from sl_serve.device import Device, SimDevice, Stream
 from sl_serve.device.sim import HardwareProfile, SlotReuseError
 from sl_serve.errors import MemoryBudgetError
-from sl_serve.loader import Parts, plan_checkpoint
+from sl_serve.loader import Parts
 from sl_serve.ops import TorchOps, torch_ops
 from sl_serve.ops.torch_ops import EXPANDED_ELEMENTS
 from sl_serve.plan import step_memory
 from sl_serve.plan.activations import PeakBytes
 from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.memory import MemoryPlan
+from sl_serve.stored_model import plan_checkpoint
 from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.expander import Expander
 from sl_serve.weights.formats import BLOCK_FORMATS, WIDENING_BYTES
@@ -101,7 +102,7 @@ def test_in_16_bits_tokens_are_those_of_weights_dequantised_while_loading(
 ) -> None:
     settings = replace(config(max_rows=6, n_sub_batches=2), dtype=dtype)
     found = tokens(path, settings, SimDevice())
-    monkeypatch.setattr(loader, "stored_formats", lambda *_, **__: {})
+    monkeypatch.setattr(stored_model, "stored_formats", lambda *_, **__: {})
     assert found == tokens(path, settings, SimDevice())
 
 
@@ -145,7 +146,7 @@ def test_a_few_layers_stay_as_stored(
     def two_on_the_device(*args: object) -> MemoryPlan:
         return replace(plan_memory(*args), n_device_layers=2)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loader, "plan_memory", two_on_the_device)
+    monkeypatch.setattr(stored_model, "plan_memory", two_on_the_device)
     with engine(path, config(max_rows=6, n_sub_batches=2), SimDevice()) as running:
         steps = steps_of(running)
         assert run(running, PROMPTS, SHORT) == expected
@@ -230,7 +231,7 @@ def test_four_bits_and_two_scales_are_a_bit_more_than_a_quarter(tmp_path: Path) 
     write_tiny_gguf(path, model, quantisation=Kind.Q4_1, settings={})
     checkpoint = open_checkpoint(path)
     settings = EngineConfig(device="sim", dtype="bfloat16")
-    layout = loader._Model.of(checkpoint, settings).layout
+    layout = stored_model.StoredModel.of(checkpoint, settings).layout
     checkpoint.close()
     n_numbers = 256 * (2 * 256 + 2 * 128) + 3 * 256 * 512
     stored, vectors = n_numbers * 20 // 32, 2 * 256 * 2

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from sl_serve import loader
+from sl_serve import stored_model
 from sl_serve.config import EngineConfig
 from sl_serve.core import FinishReason, Request, SamplingParams, StepPlan
 from sl_serve.device import SimDevice
@@ -83,7 +83,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def plan(*args: object) -> MemoryPlan:
         return replace(plan_memory(*args), **machine.planned)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loader, "plan_memory", plan)
+    monkeypatch.setattr(stored_model, "plan_memory", plan)
     monkeypatch.setattr(head, "PIECE_BYTES", 8192)  # a few of them
     return machine
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from sl_serve import loader
+from sl_serve import loader, stored_model
 from sl_serve.core import SamplingParams
 from sl_serve.device import SimDevice
-from sl_serve.loader import Parts, plan_checkpoint
+from sl_serve.loader import Parts
 from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.memory import MemoryPlan
 from sl_serve.plan.model_reader import read_sizes, stored_formats
+from sl_serve.stored_model import plan_checkpoint
 from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.layout import ALIGNMENT_BYTES, IMAGE_ALIGNMENT_BYTES
 from sl_serve.weights.quantised import QuantisedWeight
@@ -87,7 +88,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def expected(path: Path) -> list[list[int]]:
     """Of weights that are dequantised while loading."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "stored_formats", lambda *_, **__: {})
+        patch.setattr(stored_model, "stored_formats", lambda *_, **__: {})
         with engine(path, config(max_rows=6), SimDevice()) as running:
             return run(running, PROMPTS, SHORT)
 
@@ -171,7 +172,7 @@ def test_layers_on_disk_are_spooled_as_they_are(
     def planned(*args: object) -> MemoryPlan:
         return replace(plan_memory(*args), n_disk_layers=n_disk_layers)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loader, "plan_memory", planned)
+    monkeypatch.setattr(stored_model, "plan_memory", planned)
     found: list[Parts] = []
     settings = replace(config(max_rows=6), disk_dir=str(tmp_path))
     with engine(path, settings, change=found.append) as running:

@@ -13,13 +13,14 @@ from sl_serve.core import Request
 from sl_serve.device import SimDevice
 from sl_serve.errors import MemoryBudgetError
 from sl_serve.hidden import ResidentHidden, SwappedHidden
-from sl_serve.loader import Parts, load, plan_checkpoint
+from sl_serve.loader import Parts, load
 from sl_serve.ops import device_ops
 from sl_serve.plan.activations import PeakBytes
 from sl_serve.plan.fit import _Fit
 from sl_serve.plan.kv_size import MARGIN_SHARE
 from sl_serve.plan.memory import MemoryPlan
 from sl_serve.sched.packer import pack
+from sl_serve.stored_model import plan_checkpoint
 from sl_serve.weights.checkpoint import open_checkpoint
 from tests.engine.running import GREEDY, config, engine, run, steps_of
 from tests.engine.swapping import N_ROWS, PROMPTS, SHORT, on_the_processor_alone, settings_of, swap

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sl_serve import loader
+from sl_serve import stored_model
 from sl_serve.config import EngineConfig
 from sl_serve.core import Request, RowWork, SamplingParams, SubBatchPlan
 from sl_serve.device import Event, HostWork, SimDevice, Stream
@@ -73,7 +73,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def plan(*args: object) -> MemoryPlan:
             return replace(plan_memory(*args), **fields)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(loader, "plan_memory", plan)
+        monkeypatch.setattr(stored_model, "plan_memory", plan)
 
     return change
 

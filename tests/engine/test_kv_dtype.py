@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sl_serve import loader
+from sl_serve import stored_model
 from sl_serve.config import EngineConfig, KVDTypeName
 from sl_serve.device import SimDevice
 from sl_serve.kv.formats import KV_FORMATS
@@ -75,7 +75,7 @@ def test_rows_that_stay_on_the_device_give_the_same_tokens(
     def planned(*args: object) -> MemoryPlan:
         return replace(plan_memory(*args), n_device_chunks=n_chunks)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loader, "plan_memory", planned)
+    monkeypatch.setattr(stored_model, "plan_memory", planned)
     settings = stored_as(kv, max_rows=7, n_sub_batches=3, prefill_chunk_tokens=48)
     settings = replace(settings, kv_memory_bytes=120_000)
     tiers: set[bool] = set()

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sl_serve import loader
+from sl_serve import stored_model
 from sl_serve.core import Request, RowWork, SamplingParams, StepPlan, SubBatchPlan
 from sl_serve.device import SimDevice
 from sl_serve.kv.formats import KV_FORMATS
@@ -161,7 +161,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             plan = plan_memory(*args)  # type: ignore[arg-type]
             return replace(plan, n_device_chunks=n_chunks)
 
-        monkeypatch.setattr(loader, "plan_memory", planned)
+        monkeypatch.setattr(stored_model, "plan_memory", planned)
 
     return force
 

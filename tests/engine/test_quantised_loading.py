@@ -10,15 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sl_serve import loader
+from sl_serve import stored_model
 from sl_serve.config import EngineConfig
 from sl_serve.device import SimDevice
 from sl_serve.errors import UserError
 from sl_serve.llm import LLM
-from sl_serve.loader import Parts, plan_checkpoint
+from sl_serve.loader import Parts
 from sl_serve.plan.fit import plan_memory
 from sl_serve.plan.memory import MemoryPlan
 from sl_serve.plan.model_reader import read_sizes, stored_formats
+from sl_serve.stored_model import plan_checkpoint
 from sl_serve.weights.checkpoint import open_checkpoint
 from sl_serve.weights.groups import GROUP_FORMATS, group_format
 from sl_serve.weights.quantise import quantise
@@ -112,7 +113,7 @@ def test_layers_on_disk_are_spooled_in_groups(
     def planned(*args: object) -> MemoryPlan:
         return replace(plan_memory(*args), n_disk_layers=2)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loader, "plan_memory", planned)
+    monkeypatch.setattr(stored_model, "plan_memory", planned)
     found: list[Parts] = []
     settings = replace(config(max_rows=6), disk_dir=str(tmp_path), weights=weights)
     with engine(folder, settings, change=found.append) as running:

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sl_serve.config import EngineConfig, SchedulerConfig
-from sl_serve.loader import plan_checkpoint
 from sl_serve.plan.hardware import AttentionRates, Hardware, MatmulRates
 from sl_serve.plan.placement import Placement, Workload, placement_of
 from sl_serve.plan.predict import predict
+from sl_serve.stored_model import plan_checkpoint
 from sl_serve.weights.dummy import open_dummy
 from tests.plan.examples import MB, WORKLOADS, hardware, machines, model, placement, processor
 

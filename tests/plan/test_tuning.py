@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sl_serve import cli_load, loader, tuning
+from sl_serve import cli_load, stored_model, tuning
 from sl_serve.cli import app
 from sl_serve.config import AttentionPlacement, EngineConfig, SchedulerConfig
 from sl_serve.errors import UserError
@@ -24,8 +24,8 @@ GIB = 1 << 30
 def tuned(monkeypatch: pytest.MonkeyPatch, shape: str, profile: str, config: EngineConfig) -> Tuned:
     hardware = PROFILES[profile]
     monkeypatch.setattr(tuning, "probe", lambda *_: hardware)
-    monkeypatch.setattr(loader, "host_budget_bytes", lambda most: most or hardware.host_bytes)
-    for room in (loader, tuning):
+    monkeypatch.setattr(stored_model, "host_budget_bytes", lambda most: most or hardware.host_bytes)
+    for room in (stored_model, tuning):
         monkeypatch.setattr(
             room, "device_budget_bytes", lambda _, most: most or hardware.device_bytes
         )
@@ -38,7 +38,7 @@ def test_the_engine_takes_what_the_planner_chose(
     monkeypatch: pytest.MonkeyPatch, shape: str, profile: str
 ) -> None:
     found = tuned(monkeypatch, shape, profile, EngineConfig(device="cuda", dtype="float16"))
-    plan = loader.plan_checkpoint(open_dummy(shape), found.config)
+    plan = stored_model.plan_checkpoint(open_dummy(shape), found.config)
     placement = found.plan.placement
     assert plan.max_rows >= 0.8 * placement.total_rows
     assert plan.n_sub_batches == placement.n_sub_batches
@@ -85,7 +85,7 @@ def test_attention_is_where_it_is_told_to_be(
     found = tuned(monkeypatch, "opt-6.7b", "t4", config)
     assert found.config.attention == found.plan.placement.attention == attention
     assert found.plan.placement.kv_device_share < 1
-    plan = loader.plan_checkpoint(open_dummy("opt-6.7b"), found.config)
+    plan = stored_model.plan_checkpoint(open_dummy("opt-6.7b"), found.config)
     assert plan.host_attends == (attention == "host") == (plan.windows_bytes == 0)
 
 

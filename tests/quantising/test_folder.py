@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sl_serve import loader
+from sl_serve import stored_model
 from sl_serve.errors import UserError
 from sl_serve.loader import Parts
 from sl_serve.plan.fit import plan_memory
@@ -156,7 +156,7 @@ def test_layers_on_disk_come_from_the_folder_itself(
     def planned(*args: object) -> MemoryPlan:
         return replace(plan_memory(*args), n_disk_layers=2)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loader, "plan_memory", planned)
+    monkeypatch.setattr(stored_model, "plan_memory", planned)
     parts: list[Parts] = []
     settings = replace(config(max_rows=4, look_ahead=0), device=device)
     with engine(quantised.folder, settings, change=parts.append) as running:

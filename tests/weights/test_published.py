@@ -14,7 +14,7 @@ import torch
 
 from sl_serve.config import EngineConfig
 from sl_serve.errors import CheckpointError, ModelError
-from sl_serve.loader import plan_checkpoint
+from sl_serve.stored_model import plan_checkpoint
 from sl_serve.weights.checkpoint import open_checkpoint
 from tests.engine.running import GREEDY, config, engine, random_prompts, run
 from tests.weights import published_models as models

@@ -17,7 +17,7 @@ import torch
 
 from sl_serve.config import EngineConfig
 from sl_serve.errors import UserError
-from sl_serve.loader import plan_checkpoint
+from sl_serve.stored_model import plan_checkpoint
 from sl_serve.weights.checkpoint import Checkpoint, open_checkpoint
 from tests.weights.fuzz.byte_damage import BYTE_DAMAGE, Damage
 from tests.weights.fuzz.gguf_damage import damage_gguf

@@ -75,7 +75,7 @@ class _Batch:
     def start(cls, judge: Judge, numbers: range, limits: Limits) -> _Batch:
         # Forked from a process that has imported all this and has one thread.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["sl_serve.loader"])
+        context.set_forkserver_preload(["sl_serve.stored_model"])
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(judge, numbers, limits, sender), daemon=True)
         process.start()
