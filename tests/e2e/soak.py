@@ -40,6 +40,7 @@ class Soak:
     outcomes: Counter[str] = field(default_factory=Counter)
     complaints: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    n_files_left: int = 0  # more than before, when all clients have gone
 
     @property
     def bytes_per_request(self) -> float:
@@ -60,6 +61,7 @@ async def soak(
 ) -> Soak:
     found, numbers = Soak(), iter(range(n_requests))
     with serving(folder) as (live, engine):
+        n_files = psutil.Process().num_fds()
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=live.url, limits=limits, timeout=WAIT_S) as client:
 
@@ -74,7 +76,17 @@ async def soak(
         assert await asyncio.to_thread(engine.drain, WAIT_S), "requests are stuck"
         assert engine.snapshot().kv_used_bytes == 0
         assert not live.app.state.context.jobs
+        found.n_files_left = await _files_more_than(n_files)
     return found
+
+
+async def _files_more_than(n_before: int) -> int:
+    """Once the server has noticed who went away."""
+    for _ in range(100):
+        if psutil.Process().num_fds() <= n_before:
+            return 0
+        await asyncio.sleep(0.1)
+    return psutil.Process().num_fds() - n_before
 
 
 def _sample(n_requests: int) -> Sample:

@@ -63,4 +63,5 @@ async def test_a_mixture_of_everything(folder: Path) -> None:
     assert found.complaints == []
     assert found.outcomes.total() == 300
     assert len(found.outcomes) == 4
+    assert found.n_files_left == 0
     assert max(s.n_threads for s in found.samples) <= found.samples[-1].n_threads + 2
