@@ -27,7 +27,7 @@ class Format:
     block_bytes: int
     widen_blocks: Widen  # (n, block_bytes) uint8 -> (n, block_elements) float32
     dtype: torch.dtype | None = None  # of plain numbers: blocks of one element
-    is_narrow: bool = False  # integers of 6 bits at most, kSpan in csrc/rounded.inc
+    is_narrow: bool = False  # integers of 6 bits at most, kSpan in csrc/rounding.inc
 
     def row_bytes(self, n_in: int) -> int:
         assert n_in % self.block_elements == 0
