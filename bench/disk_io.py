@@ -70,8 +70,10 @@ def read_bytes() -> int:
 
 def _read_as_engine(path: Path) -> None:
     from sl_serve.weights.direct_file import DirectFile
-    from sl_serve.weights.disk import DiskRing, Extent, Readers, slot_bytes
+    from sl_serve.weights.disk import DiskRing, slot_bytes
+    from sl_serve.weights.extents import Extent
     from sl_serve.weights.host import host_images_of
+    from sl_serve.weights.readers import make_readers
 
     file = DirectFile(path)
     size = path.stat().st_size
@@ -80,7 +82,7 @@ def _read_as_engine(path: Path) -> None:
         for start in range(0, size, _SLOT_BYTES)
     ]
     slots = host_images_of(slot_bytes(_SLOT_BYTES), range(_N_SLOTS))
-    readers = Readers()
+    readers = make_readers()
     ring = DiskRing(range(len(extents)), extents, list(slots.values()), readers)
     try:
         for i in range(len(extents)):

@@ -1,15 +1,20 @@
 // The one file that knows Python. Addresses come as integers; the callers in sl_serve/ops own the
 // tensors, check their shapes and keep them alive for the length of the call.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels.hpp"
+#include "reader.hpp"
 
 namespace nb = nanobind;
 using sl::AttentionArgs;
@@ -134,6 +139,22 @@ class Core {
   int n_threads_;
 };
 
+using PieceTuple = std::tuple<int, bool, int64_t, int64_t, uintptr_t>;
+using FailureTuple = std::tuple<int64_t, int64_t, int>;
+
+std::shared_ptr<sl::Reading> begin(sl::Reader& reader, const std::vector<PieceTuple>& tuples) {
+  std::vector<sl::Piece> pieces;
+  for (const auto& [file, is_direct, offset, n_bytes, to] : tuples)
+    pieces.push_back({file, is_direct, offset, n_bytes, reinterpret_cast<char*>(to)});
+  return reader.begin(std::move(pieces));
+}
+
+std::optional<FailureTuple> wait(sl::Reading& reading) {
+  const auto failure = reading.wait();
+  if (!failure) return std::nullopt;
+  return FailureTuple{failure->piece, failure->at_byte, failure->error};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -182,4 +203,9 @@ NB_MODULE(_native, m) {
       .def("silu_mul", &Core::silu_mul, Release())
       .def("rms_norm", &Core::rms_norm, Release())
       .def("gemm", &Core::gemm, Release());
+  nb::class_<sl::Reading>(m, "Reading").def("wait", &wait, Release());
+  nb::class_<sl::Reader>(m, "Reader")
+      .def(nb::init<const std::vector<uintptr_t>&, int64_t>())
+      .def("begin", &begin)
+      .def("close", &sl::Reader::close, Release());
 }

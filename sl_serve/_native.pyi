@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from enum import Enum
 
 ROW_FIELDS: int
@@ -107,3 +108,11 @@ class Core:
     def rms_norm(
         self, x: int, weight: int, out: int, n_lines: int, width: int, eps: float, /
     ) -> None: ...
+
+class Reading:
+    def wait(self) -> tuple[int, int, int] | None: ...
+
+class Reader:
+    def __init__(self, bounces: Sequence[int], block_bytes: int, /) -> None: ...
+    def begin(self, pieces: Sequence[tuple[int, bool, int, int, int]], /) -> Reading: ...
+    def close(self) -> None: ...

@@ -34,7 +34,6 @@ from sl_serve.sched.residents import Residents
 from sl_serve.step import Sweep
 from sl_serve.stored_model import StoredModel
 from sl_serve.weights.checkpoint import Checkpoint
-from sl_serve.weights.disk import Readers
 from sl_serve.weights.embedding import (
     Embedding,
     FileEmbedding,
@@ -50,6 +49,7 @@ from sl_serve.weights.host import (
 )
 from sl_serve.weights.layout import LayerLayout, LayerWeights
 from sl_serve.weights.quantised import QuantisedRows, Rows
+from sl_serve.weights.readers import Readers, make_readers
 from sl_serve.weights.source import WeightSource
 from sl_serve.weights.store import LayerStore
 from sl_serve.weights.streamer import load_resident, weight_source
@@ -100,7 +100,7 @@ def load(
     ops = choose_ops(config.dtype, n_threads, config.native, device, config.activations)
     names, dtype = model.static_names(plan), model.layout.dtype
     host_static = load_static(checkpoint, names, dtype, model.formats)
-    readers = Readers()
+    readers = make_readers()
     store, weights = _weights(model, plan, device, ops, readers, on_layer)
     sweep = Sweep(
         config=checkpoint.config,

@@ -23,9 +23,10 @@ from sl_serve.plan.memory import MemoryPlan, WeightSizes
 from sl_serve.plan.pools import KVPools, floor_power_of_two
 from sl_serve.plan.step_memory import StepMemory, n_ring_slots, step_memory
 from sl_serve.weights.direct_file import BOUNCE_BYTES
-from sl_serve.weights.disk import N_READERS, slot_bytes
+from sl_serve.weights.disk import slot_bytes
 from sl_serve.weights.head import N_PIECES
 from sl_serve.weights.head import PIECE_BYTES as HEAD_PIECE_BYTES
+from sl_serve.weights.readers import N_READERS
 
 
 def plan_memory(

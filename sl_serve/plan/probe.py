@@ -6,14 +6,15 @@ import io
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from sl_serve.errors import UserError
+from sl_serve.host_memory import host_empty
 from sl_serve.ops import choose_ops
 from sl_serve.plan.budget import MIB, available_bytes
 from sl_serve.plan.hardware import Hardware
@@ -26,13 +27,15 @@ from sl_serve.plan.probe_compute import (
     typical_seconds,
 )
 from sl_serve.plan.probe_device import probe_device
-from sl_serve.weights.direct_file import BLOCK_BYTES, PIECE_BYTES, Bounce, DirectFile
-from sl_serve.weights.disk import N_READERS
+from sl_serve.weights.direct_file import BLOCK_BYTES, PIECE_BYTES, DirectFile
+from sl_serve.weights.extents import Extent
+from sl_serve.weights.readers import N_READERS, Readers, Reading, make_readers
 
 Say = Callable[[str], None]  # hears what is measured next
 
 HOST_BUFFER_BYTES = 512 * MIB
 DISK_FILE_BYTES = 512 * MIB
+N_QUEUED = 2 * N_READERS  # pieces, so that no reader waits for the next
 DISK_SECONDS = 2.0  # for each reading, and before them for writing a file
 WEIGHT_FILES = ("*.safetensors", "*.gguf")
 
@@ -124,36 +127,36 @@ def _weights_in(folder: Path) -> Path | None:
     return file if size_bytes >= DISK_FILE_BYTES else None
 
 
-def _read_rate(reader: DirectFile, n_bytes: int) -> float:
+def _read_rate(file: DirectFile, n_bytes: int) -> float:
     """Bytes/s of reading again what was read before, as every step does: a disk behind a network or
     a hypervisor may need several times as long the first time. As much as DISK_SECONDS allow."""
+    readers, memory = make_readers(), host_empty(N_QUEUED * PIECE_BYTES)
     try:
-        with ThreadPoolExecutor(N_READERS) as pool:
-            n_first, _ = _read(reader, pool, n_bytes)
-            n_again, again_s = _read(reader, pool, n_first)
-            return n_again / again_s
+        n_first, _ = _read(readers, file, n_bytes, memory)
+        n_again, again_s = _read(readers, file, n_first, memory)
+        return n_again / again_s
     finally:
-        reader.close()
+        readers.close()
+        file.close()
 
 
-def _read(reader: DirectFile, pool: ThreadPoolExecutor, n_bytes: int) -> tuple[int, float]:
-    """How many of the first n_bytes were read, and in how many seconds."""
-    start_s = time.perf_counter()
-    end_s = start_s + DISK_SECONDS
-    done = pool.map(lambda i: _read_share(reader, i, n_bytes, end_s), range(N_READERS))
-    return sum(done), time.perf_counter() - start_s
-
-
-def _read_share(reader: DirectFile, index: int, n_bytes: int, end_s: float) -> int:
-    """Every N_READERS-th whole piece, into one buffer."""
-    bounce, n_read = Bounce(), 0
-    last = n_bytes - PIECE_BYTES
-    for offset in range(index * PIECE_BYTES, last + 1, N_READERS * PIECE_BYTES):
-        reader.read_into(bounce.address, offset, PIECE_BYTES, bounce)
+def _read(
+    readers: Readers, file: DirectFile, n_bytes: int, memory: torch.Tensor
+) -> tuple[int, float]:
+    """How many of the first n_bytes were read, in whole pieces, and in how many seconds."""
+    start_s, n_read = time.perf_counter(), 0
+    begun: deque[Reading] = deque()
+    for offset in range(0, n_bytes - PIECE_BYTES + 1, PIECE_BYTES):
+        if len(begun) == N_QUEUED:
+            begun.popleft().wait()
+        piece = Extent(file, offset, PIECE_BYTES, offset % len(memory))
+        begun.append(readers.begin([piece], memory.data_ptr()))
         n_read += PIECE_BYTES
-        if time.perf_counter() > end_s:
+        if time.perf_counter() - start_s > DISK_SECONDS:
             break
-    return n_read
+    for reading in begun:
+        reading.wait()
+    return n_read, time.perf_counter() - start_s
 
 
 @contextmanager

@@ -10,6 +10,7 @@ buffered and the kernel is told to drop each piece afterwards.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,13 +27,16 @@ PIECE_BYTES = BOUNCE_BYTES - 2 * BLOCK_BYTES
 
 
 class DirectFile:
-    """A file open for reading; safe to use from several threads, each with its own `Bounce`."""
+    """A file open for reading; safe to use from several threads, each with its own `Bounce`.
+
+    `read_into` is the twin of `csrc/reader.cpp`, which reads from `descriptor`.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises WeightReadError when it cannot be opened."""
         self.path = path
         try:
-            self._descriptor, self.is_direct = _open(path)
+            self.descriptor, self.is_direct = _open(path)
         except OSError as error:
             raise WeightReadError(f"{path}: cannot be opened ({error.strerror})") from None
 
@@ -40,7 +44,7 @@ class DirectFile:
     def adopt(cls, descriptor: int, path: Path) -> DirectFile:
         """An open file without a name; `path` says where it was, for messages."""
         file = cls.__new__(cls)
-        file.path, file._descriptor, file.is_direct = path, descriptor, _make_direct(descriptor)
+        file.path, file.descriptor, file.is_direct = path, descriptor, _make_direct(descriptor)
         return file
 
     def read_into(self, address: int, offset: int, n_bytes: int, bounce: Bounce) -> None:
@@ -52,7 +56,7 @@ class DirectFile:
         if not self.is_direct:
             self._read([_memory(address, n_bytes)], offset, n_bytes)
             with suppress(OSError):
-                os.posix_fadvise(self._descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(self.descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
             return
         inner_start = -(-offset // BLOCK_BYTES) * BLOCK_BYTES
         inner_stop = (offset + n_bytes) // BLOCK_BYTES * BLOCK_BYTES
@@ -88,21 +92,17 @@ class DirectFile:
         n_read = 0
         while n_read < n_needed:
             try:
-                n = os.preadv(self._descriptor, _from(into, n_read), offset + n_read)
+                n = os.preadv(self.descriptor, _from(into, n_read), offset + n_read)
             except OSError as error:
-                raise WeightReadError(
-                    f"{self.path}: reading at byte {offset + n_read} failed ({error.strerror}); "
-                    "check the disk"
-                ) from None
-            if n == 0 or (self.is_direct and n % BLOCK_BYTES and n_read + n < n_needed):
-                raise WeightReadError(
-                    f"{self.path}: ends at byte {offset + n_read + n}, bytes up to "
-                    f"{offset + n_needed} are needed; it was cut short while in use"
-                )
+                number = error.errno or errno.EIO
+                raise read_error(self.path, offset + n_read, offset + n_needed, number) from None
             n_read += n
+            # A direct read that ends within a block has met the file's end.
+            if n == 0 or (self.is_direct and n % BLOCK_BYTES and n_read < n_needed):
+                raise read_error(self.path, offset + n_read, offset + n_needed, 0)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
 
 class Bounce:
@@ -112,6 +112,18 @@ class Bounce:
         self._area = host_empty(2 * BOUNCE_BYTES)
         self.address = -(-self._area.data_ptr() // BOUNCE_BYTES) * BOUNCE_BYTES
         self.view = _memory(self.address, BOUNCE_BYTES)
+
+
+def read_error(path: Path, at_byte: int, needed_bytes: int, number: int) -> WeightReadError:
+    """Why reading up to byte `needed_bytes` ended at `at_byte`: an errno, 0 where the file ends."""
+    if number:
+        reason = f"reading at byte {at_byte} failed ({os.strerror(number)}); check the disk"
+    else:
+        reason = (
+            f"ends at byte {at_byte}, bytes up to {needed_bytes} are needed; it was cut short "
+            "while in use"
+        )
+    return WeightReadError(f"{path}: {reason}")
 
 
 def _open(path: Path) -> tuple[int, bool]:

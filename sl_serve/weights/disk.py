@@ -15,53 +15,20 @@ its tensors lie in the file: slots are a block larger than images.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from sl_serve.weights.direct_file import BLOCK_BYTES, PIECE_BYTES, Bounce, DirectFile
+from sl_serve.weights.direct_file import BLOCK_BYTES
+from sl_serve.weights.extents import Extent, total_bytes, within
 from sl_serve.weights.layout import LayerLayout
+from sl_serve.weights.readers import Readers, Reading
 
 SHIFT_ALIGNMENT_BYTES = 8  # of a layer in its slot: elements must be aligned
-N_READERS = 4  # reads in flight; disks reach their rate with a few of some megabytes each
 
 Done = Callable[[], None]  # returns when nobody reads the slot any more
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Bytes [offset, offset + size) of a file, and where in the layer's image they belong."""
-
-    file: DirectFile
-    offset_bytes: int
-    size_bytes: int
-    image_offset_bytes: int
-
-
-class Readers:
-    """Threads that read extents, each with its own aligned buffer; shared by all rings."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(N_READERS, thread_name_prefix="weights")
-        self._bounces = threading.local()
-
-    def begin(self, extents: Sequence[Extent], address: int) -> list[Future[None]]:
-        """Queue the reading of an image into memory at `address`."""
-        return [self._pool.submit(self._read, address, piece) for piece in pieces(extents)]
-
-    def close(self) -> None:
-        """Nothing is written to any image from here on."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _read(self, address: int, piece: Extent) -> None:
-        if not hasattr(self._bounces, "mine"):
-            self._bounces.mine = Bounce()
-        to = address + piece.image_offset_bytes
-        piece.file.read_into(to, piece.offset_bytes, piece.size_bytes, self._bounces.mine)
 
 
 @dataclass(slots=True)
@@ -72,7 +39,7 @@ class _Read:
     image: torch.Tensor
     n_bytes: int  # of the image's first ones, those that were read
     experts: set[int]  # read besides
-    pieces: list[Future[None]]
+    reading: Reading
 
 
 class DiskRing:
@@ -116,15 +83,14 @@ class DiskRing:
         while not self._reads:
             self._begin_next()
         read = self._reads[0]
-        for piece in read.pieces:
-            piece.result()
+        read.reading.wait()
         n_bytes = self._ahead_bytes(layer)
         if read.n_bytes < n_bytes:
             self._bring(read, [slice(read.n_bytes, n_bytes)])
             read.n_bytes = n_bytes
         self._in_use.append(self._reads.popleft())
         self._n_acquired += 1
-        self.n_bytes_read += _size(within(self._extents[turn], slice(0, read.n_bytes)))
+        self.n_bytes_read += total_bytes(within(self._extents[turn], slice(0, read.n_bytes)))
         return read.image
 
     def fetch(self, layer: int, experts: Iterable[int]) -> None:
@@ -168,8 +134,8 @@ class DiskRing:
         self._n_begun += 1
         n_bytes = self._ahead_bytes(layer)
         extents = within(self._extents[turn], slice(0, n_bytes))
-        pieces = self._readers.begin(extents, image.data_ptr())
-        self._reads.append(_Read(layer, image, n_bytes, set(), pieces))
+        reading = self._readers.begin(extents, image.data_ptr())
+        self._reads.append(_Read(layer, image, n_bytes, set(), reading))
 
     def _ahead_bytes(self, layer: int) -> int:
         """How much of an image is read before it is acquired."""
@@ -181,9 +147,8 @@ class DiskRing:
         """Read more of an image; returns how many bytes when they are there."""
         of_layer = self._extents[self._layers.index(read.layer)]
         extents = [e for part in parts for e in within(of_layer, part)]
-        for piece in self._readers.begin(extents, read.image.data_ptr()):
-            piece.result()
-        return _size(extents)
+        self._readers.begin(extents, read.image.data_ptr()).wait()
+        return total_bytes(extents)
 
     def _image(self, read: int) -> torch.Tensor:
         """Where read number `read` puts its layer."""
@@ -206,33 +171,3 @@ def common_shift(extents: Sequence[Extent]) -> int:
         if shift % SHIFT_ALIGNMENT_BYTES == 0:
             n_bytes[shift] += extent.size_bytes
     return max(n_bytes, key=lambda shift: n_bytes[shift], default=0)
-
-
-def within(extents: Iterable[Extent], part: slice) -> list[Extent]:
-    """What belongs to these bytes of the image."""
-    found = []
-    for e in extents:
-        start = max(part.start, e.image_offset_bytes)
-        stop = min(part.stop, e.image_offset_bytes + e.size_bytes)
-        if start < stop:
-            offset = e.offset_bytes + start - e.image_offset_bytes
-            found.append(Extent(e.file, offset, stop - start, start))
-    return found
-
-
-def _size(extents: Iterable[Extent]) -> int:
-    return sum(e.size_bytes for e in extents)
-
-
-def pieces(extents: Sequence[Extent]) -> list[Extent]:
-    """The same bytes in extents of at most PIECE_BYTES."""
-    return [
-        Extent(
-            e.file,
-            e.offset_bytes + start,
-            min(PIECE_BYTES, e.size_bytes - start),
-            e.image_offset_bytes + start,
-        )
-        for e in extents
-        for start in range(0, e.size_bytes, PIECE_BYTES)
-    ]

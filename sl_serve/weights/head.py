@@ -7,10 +7,12 @@ from typing import Protocol
 
 from sl_serve.device import Device
 from sl_serve.weights.direct_file import DirectFile
-from sl_serve.weights.disk import DiskRing, Extent, Readers, slot_bytes
+from sl_serve.weights.disk import DiskRing, slot_bytes
+from sl_serve.weights.extents import Extent
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.host import host_images_of
 from sl_serve.weights.quantised import Rows
+from sl_serve.weights.readers import Readers
 
 PIECE_BYTES = 16 << 20  # at most, of rows that are read while those before are multiplied with
 N_PIECES = 2  # in memory

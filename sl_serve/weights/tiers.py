@@ -16,9 +16,11 @@ from sl_serve.host_memory import Allocate, host_empty
 from sl_serve.plan.budget import gib
 from sl_serve.weights.checkpoint import Checkpoint
 from sl_serve.weights.direct_file import DirectFile
-from sl_serve.weights.disk import DiskRing, Extent, Readers, slot_bytes
+from sl_serve.weights.disk import DiskRing, slot_bytes
+from sl_serve.weights.extents import Extent
 from sl_serve.weights.host import host_images, host_images_of, load_image
 from sl_serve.weights.layout import LayerLayout
+from sl_serve.weights.readers import Readers
 from sl_serve.weights.store import LayerStore
 
 OnLayer = Callable[[], None]

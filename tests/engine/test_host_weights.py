@@ -13,7 +13,6 @@ from sl_serve.config import ModelConfig
 from sl_serve.errors import CheckpointError
 from sl_serve.models import llama
 from sl_serve.tokenizer import Tokenizer
-from sl_serve.weights.disk import Readers
 from sl_serve.weights.file_range import FileRange
 from sl_serve.weights.formats import Format, plain
 from sl_serve.weights.host import (
@@ -30,6 +29,7 @@ from sl_serve.weights.layout import (
     Param,
     source_name,
 )
+from sl_serve.weights.readers import make_readers
 from sl_serve.weights.tiers import open_store
 
 FEW = settings(derandomize=True, max_examples=60, deadline=None)
@@ -227,7 +227,7 @@ def test_loading_reads_each_tensor_once_and_tells_of_each_layer() -> None:
         0,
         1,
         None,
-        Readers(),
+        make_readers(),
         lambda: heard.append(len(checkpoint.read_names)),
     )
     assert store.n_layers == MODEL.n_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from sl_serve.plan.hardware import Hardware
 from sl_serve.plan.probe import disk_read_bytes_per_s, probe
 from sl_serve.plan.probe_compute import Shapes, matmul_rates
 from sl_serve.weights.dummy import open_dummy
+from sl_serve.weights.extents import Extent
+from sl_serve.weights.readers import PythonReaders, Reading
 from tests.plan.examples import shorten_probes
 
 MIB = 1 << 20
@@ -55,12 +58,12 @@ def test_every_byte_of_the_file_is_read_twice(
 ) -> None:
     read: list[tuple[int, int]] = []
 
-    class Reader(probing.DirectFile):
-        def read_into(self, address: int, offset: int, n_bytes: int, bounce: object) -> None:
-            read.append((offset, n_bytes))
-            super().read_into(address, offset, n_bytes, bounce)  # type: ignore[arg-type]
+    class Watched(PythonReaders):
+        def begin(self, extents: Sequence[Extent], address: int) -> Reading:
+            read.extend((e.offset_bytes, e.size_bytes) for e in extents)
+            return super().begin(extents, address)
 
-    monkeypatch.setattr(probing, "DirectFile", Reader)
+    monkeypatch.setattr(probing, "make_readers", Watched)
     assert disk_read_bytes_per_s(tmp_path) > 0
     n = probing.PIECE_BYTES
     once = [(i * n, n) for i in range(17 * MIB // n)]

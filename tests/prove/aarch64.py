@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-SOURCES = ("kernels_portable.cpp", "parallel.cpp", "bindings.cpp")
+SOURCES = ("kernels_portable.cpp", "parallel.cpp", "reader.cpp", "bindings.cpp")
 PACKAGES = ("ziglang>=0.13", "nanobind>=2.4")
 TARGET = "aarch64-linux-gnu"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi", "-Werror")

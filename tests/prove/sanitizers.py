@@ -34,6 +34,8 @@ TESTS = (
     "tests/engine/test_group_matmul.py",
     "tests/engine/test_rounded_matmul.py",
     "tests/engine/test_same_order.py",
+    "tests/weights/test_readers.py",
+    "tests/weights/test_disk_ring.py",
     "tests/engine/test_engine.py",
     "tests/engine/test_invariants.py",
 )
