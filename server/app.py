@@ -14,6 +14,8 @@ from server.access import Access
 from server.auth import ApiKeys, LoopbackGuard
 from server.batch.service import BatchService
 from server.batches_routes import batch_routes
+from server.bodies.chat import ChatBody
+from server.bodies.generation import CompletionBody
 from server.chat import ChatCompletions
 from server.completions import Completions
 from server.context import ServerContext
@@ -27,7 +29,6 @@ from server.limits import BodyLimit
 from server.models_route import model_routes
 from server.openapi import DescribedApp, answers_also, takes
 from server.page_routes import page_routes
-from server.schemas import ChatBody, CompletionBody
 from server.settings import ServerSettings
 from server.status import status_routes
 from server.tokens import token_routes

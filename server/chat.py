@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from server.bodies.chat import ChatBody
 from server.context import ServerContext
 from server.engine_port import TokenizerPort
 from server.generation import Renderer, is_visible
 from server.logprobs import chat_logprobs
 from server.params import Prompt, Work, check_limits, check_logprobs, plan_work, sampling_params
-from server.schemas import ChatBody
 from server.structured import asked_form
 from server.tools import CallTexts, ToolUse, tool_use
 from sl_serve.core import TokenOut

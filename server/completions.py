@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from server.bodies.generation import CompletionBody
 from server.context import ServerContext
 from server.generation import Renderer, is_visible
 from server.logprobs import CompletionLogprobs, joined
 from server.params import Work, check_limits, check_logprobs, encode, plan_work, sampling_params
-from server.schemas import CompletionBody
 from server.structured import asked_form
 from sl_serve.core import TokenOut
 from sl_serve.errors import RequestError

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import structlog
 
+from server.bodies.fields import Body
+from server.bodies.validation import BodyT, validate
 from server.engine_port import EnginePort
 from server.errors import ApiError
 from server.jobs import Job
 from server.limits import parse_object
 from server.metrics import ServerMetrics
 from server.params import Work
-from server.schemas import Body, BodyT, validate
 from server.settings import ServerSettings
 from sl_serve.errors import QueueFullError
 from sl_serve.grammar.compiler import Grammars, Wanted

@@ -10,11 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.access import record_of
+from server.bodies.generation import GenerationBody
 from server.context import ServerContext
 from server.errors import ApiError, JsonResponse, internal_error
 from server.jobs import Job
 from server.params import Work
-from server.schemas import GenerationBody
 from server.streams import DONE, EventStream, event, unless_gone
 from sl_serve.core import TokenOut
 

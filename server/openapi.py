@@ -8,7 +8,10 @@ from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
 from server.batch.schemas import BatchBody
-from server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from server.bodies.chat import ChatBody
+from server.bodies.fields import Body
+from server.bodies.generation import CompletionBody
+from server.bodies.tokens import DetokenizeBody, TokenizeBody
 
 REF = "#/components/schemas/{model}"
 MAYBE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}

@@ -10,8 +10,8 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
+from server.bodies.generation import GenerationBody
 from server.engine_port import EnginePort
-from server.schemas import GenerationBody
 from server.settings import ServerSettings
 from server.tools import ToolUse
 from sl_serve import __version__

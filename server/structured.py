@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.schemas import GenerationBody, ResponseFormat, StructuredOutputs
+from server.bodies.generation import GenerationBody, ResponseFormat, StructuredOutputs
 from sl_serve.errors import RequestError
 from sl_serve.grammar import forms
 

@@ -8,10 +8,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.bodies.tokens import DetokenizeBody, TokenizeBody
 from server.context import ServerContext
 from server.errors import JsonResponse
 from server.openapi import takes
-from server.schemas import DetokenizeBody, TokenizeBody
 from sl_serve.admission import check_vocabulary
 from sl_serve.errors import RequestError
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from server.bodies.chat import ChatBody, NamedTool, Tool
 from server.engine_port import TokenizerPort
-from server.schemas import ChatBody, NamedTool, Tool
 from sl_serve.errors import RequestError
 from sl_serve.grammar import forms
 from sl_serve.tools.formats import ToolFormat, ToolParserName, tool_format

@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sl_serve import __version__, cli_batch, cli_plan, cli_quantise
+from sl_serve import __version__, cli_batches, cli_plan, cli_quantise, cli_run_batch
+from sl_serve import cli_command_options as c
 from sl_serve import cli_options as o
 from sl_serve.config import QueueConfig
 from sl_serve.core import SamplingParams
@@ -37,18 +38,18 @@ QUEUE_DEFAULTS = QueueConfig()
 @app.command()
 def serve(
     model: o.Model,
-    host: o.Host = "127.0.0.1",
-    port: o.Port = 8000,
-    served_model_name: o.ServedNames = None,
-    tool_parser: o.ToolParser = "auto",
-    drain_timeout: o.DrainTimeout = 30.0,
-    stall_floor: o.StallFloor = 120.0,
-    log_json: o.LogJson = False,
-    api_key: o.ApiKeys = None,
-    allowed_host: o.AllowedHosts = None,
-    cors_origin: o.CorsOrigins = None,
-    jobs_dir: o.JobsDir = None,
-    jobs_quota: o.JobsQuota = None,
+    host: c.Host = "127.0.0.1",
+    port: c.Port = 8000,
+    served_model_name: c.ServedNames = None,
+    tool_parser: c.ToolParser = "auto",
+    drain_timeout: c.DrainTimeout = 30.0,
+    stall_floor: c.StallFloor = 120.0,
+    log_json: c.LogJson = False,
+    api_key: c.ApiKeys = None,
+    allowed_host: c.AllowedHosts = None,
+    cors_origin: c.CorsOrigins = None,
+    jobs_dir: c.JobsDir = None,
+    jobs_quota: c.JobsQuota = None,
     device: o.Device = "cpu",
     dtype: o.DType = None,
     kv_dtype: o.KvDType = "auto",
@@ -126,15 +127,15 @@ def serve(
 @app.command()
 def generate(
     model: o.Model,
-    prompt: o.Prompt,
-    as_json: o.AsJson = False,
-    chat: o.Chat = False,
-    max_tokens: o.MaxTokens = None,
-    temperature: o.Temperature = 0.0,
-    top_p: o.TopP = 1.0,
-    top_k: o.TopK = 0,
-    seed: o.Seed = None,
-    stop: o.Stop = None,
+    prompt: c.Prompt,
+    as_json: c.AsJson = False,
+    chat: c.Chat = False,
+    max_tokens: c.MaxTokens = None,
+    temperature: c.Temperature = 0.0,
+    top_p: c.TopP = 1.0,
+    top_k: c.TopK = 0,
+    seed: c.Seed = None,
+    stop: c.Stop = None,
     device: o.Device = "cpu",
     dtype: o.DType = None,
     kv_dtype: o.KvDType = "auto",
@@ -203,7 +204,8 @@ def pull(
 
 
 cli_plan.register(app)
-cli_batch.register(app)
+cli_run_batch.register(app)
+cli_batches.register(app)
 cli_quantise.register(app)
 
 

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from sl_serve import cli_command_options as c
 from sl_serve import cli_options as o
 from sl_serve.config import KVDTypeName
 from sl_serve.errors import UserError
@@ -33,19 +34,19 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     model: o.Model,
-    profile: o.Profile = None,
-    prompt: o.PromptTokens = 512,
-    gen: o.OutputTokens = 128,
-    requests: o.Requests = 256,
+    profile: c.Profile = None,
+    prompt: c.PromptTokens = 512,
+    gen: c.OutputTokens = 128,
+    requests: c.Requests = 256,
     device_memory: o.DeviceMemory = None,
     host_memory: o.HostMemory = None,
-    disk_dir: o.MeasuredDir = None,
+    disk_dir: c.MeasuredDir = None,
     load_format: o.Load = "auto",
     weights: o.Weights = "auto",
     attention: o.Attention = "auto",
     kv_dtype: o.KvDType = "auto",
     threads: o.Threads = None,
-    as_json: o.ReportJson = False,
+    as_json: c.ReportJson = False,
 ) -> None:
     """Tell what would go where, how fast MODEL would run, and what would help; loads nothing."""
     from sl_serve.kv.formats import kv_format
@@ -99,7 +100,7 @@ def plan(
         Console().print(plan_view(sizes, hardware, budgets, workload, chosen, helps, told))
 
 
-def doctor(disk_dir: o.MeasuredDir = None, as_json: o.ReportJson = False) -> None:
+def doctor(disk_dir: c.MeasuredDir = None, as_json: c.ReportJson = False) -> None:
     """Measure this machine and tell what keeps it from its best."""
     from sl_serve.plan.doctor import examine
     from sl_serve.plan.facts import gather

@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sl_serve import cli_command_options as c
 from sl_serve import cli_options as o
 from sl_serve.config import EngineConfig
 from sl_serve.plan.budget import parse_size
@@ -27,10 +28,10 @@ def register(app: typer.Typer) -> None:
 
 def quantise(
     model: o.Model,
-    out: o.Out,
-    weights: o.CalibratedWeights = "int4",
-    text: o.CalibrationText = None,
-    tokens: o.CalibrationTokens = DEFAULT_TOKENS,
+    out: c.Out,
+    weights: c.CalibratedWeights = "int4",
+    text: c.CalibrationText = None,
+    tokens: c.CalibrationTokens = DEFAULT_TOKENS,
     host_memory: o.HostMemory = None,
     disk_dir: o.DiskDir = None,
     threads: o.Threads = None,

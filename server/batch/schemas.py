@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from server.batch.files import LONGEST_EXPIRY_S, SHORTEST_EXPIRY_S
-from server.schemas import Body
+from server.bodies.fields import Body
 from sl_serve.admission import INTEGERS
 
 SEEDS = INTEGERS["seed"]

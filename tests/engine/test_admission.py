@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.schemas import ChatBody, CompletionBody
+from server.bodies.chat import ChatBody
+from server.bodies.generation import CompletionBody
 from sl_serve.admission import INTEGERS, LOGIT_BIAS, RANGES, check_request, check_sampling
 from sl_serve.core import Request, SamplingParams
 from sl_serve.errors import RequestError

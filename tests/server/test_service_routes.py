@@ -10,7 +10,9 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from server.bodies.chat import ChatBody
+from server.bodies.generation import CompletionBody
+from server.bodies.tokens import DetokenizeBody, TokenizeBody
 from sl_serve.stats import EngineState
 from tests.server.conftest import MakeClient
 from tests.server.fake_engine import BOS, FakeEngine

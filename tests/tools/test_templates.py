@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from server.schemas import ChatBody, validate
+from server.bodies.chat import ChatBody
+from server.bodies.validation import validate
 from server.tools import CallTexts, tool_use
 from sl_serve.errors import RequestError
 from sl_serve.tools.formats import FORMATS, tool_format
