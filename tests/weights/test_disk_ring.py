@@ -14,18 +14,12 @@ from sl_serve.weights.direct_file import BLOCK_BYTES, PIECE_BYTES, DirectFile
 from sl_serve.weights.disk import DiskRing, common_shift, slot_bytes
 from sl_serve.weights.extents import Extent
 from sl_serve.weights.readers import NativeReaders, PythonReaders, Readers
-
-FILE_BYTES = 3 * PIECE_BYTES + 12_345
-CONTENT = torch.randint(
-    0, 256, (FILE_BYTES,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-)
+from tests.weights.random_file import CONTENT, write_random_file
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("disk") / "weights"
-    path.write_bytes(CONTENT.numpy().tobytes())
-    return path
+    return write_random_file(tmp_path_factory.mktemp("disk"))
 
 
 @pytest.fixture(params=[NativeReaders, PythonReaders])

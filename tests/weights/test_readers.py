@@ -18,21 +18,16 @@ from sl_serve.host_memory import host_empty
 from sl_serve.weights.direct_file import BLOCK_BYTES, PIECE_BYTES, DirectFile
 from sl_serve.weights.extents import Extent
 from sl_serve.weights.readers import NativeReaders, PythonReaders, make_readers
+from tests.weights.random_file import CONTENT, FILE_BYTES, write_random_file
 
 AnyReaders = NativeReaders | PythonReaders
 
-FILE_BYTES = 3 * PIECE_BYTES + 12_345
-CONTENT = torch.randint(
-    0, 256, (FILE_BYTES,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-)
 FEW = settings(derandomize=True, max_examples=60, deadline=None)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("disk") / "weights"
-    path.write_bytes(CONTENT.numpy().tobytes())
-    return path
+    return write_random_file(tmp_path_factory.mktemp("disk"))
 
 
 @pytest.fixture(scope="module", params=["direct", "buffered"])
