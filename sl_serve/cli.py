@@ -15,6 +15,7 @@ from rich.console import Console
 from sl_serve import __version__, cli_batches, cli_plan, cli_quantise, cli_run_batch
 from sl_serve import cli_command_options as c
 from sl_serve import cli_options as o
+from sl_serve.cli_option_groups import EngineOptions, StepOptions, with_options
 from sl_serve.config import QueueConfig
 from sl_serve.core import SamplingParams
 from sl_serve.errors import SlServeError, UserError
@@ -36,8 +37,10 @@ QUEUE_DEFAULTS = QueueConfig()
 
 
 @app.command()
+@with_options
 def serve(
     model: o.Model,
+    *,
     host: c.Host = "127.0.0.1",
     port: c.Port = 8000,
     served_model_name: c.ServedNames = None,
@@ -50,23 +53,8 @@ def serve(
     cors_origin: c.CorsOrigins = None,
     jobs_dir: c.JobsDir = None,
     jobs_quota: c.JobsQuota = None,
-    device: o.Device = "cpu",
-    dtype: o.DType = None,
-    kv_dtype: o.KvDType = "auto",
-    load_format: o.Load = "auto",
-    weights: o.Weights = "auto",
-    kv_memory: o.KvMemory = None,
-    host_memory: o.HostMemory = None,
-    device_memory: o.DeviceMemory = None,
-    disk_dir: o.DiskDir = None,
-    max_model_len: o.MaxModelLen = None,
-    max_rows: o.MaxRows = None,
-    sub_batches: o.SubBatches = None,
-    prefill_tokens: o.PrefillTokens = None,
-    look_ahead: o.LookAhead = o.DEFAULTS.look_ahead,
-    attention: o.Attention = "auto",
-    activations: o.Activations = "float32",
-    threads: o.Threads = None,
+    options: EngineOptions,
+    step: StepOptions,
     queue_requests: o.QueueRequests = QUEUE_DEFAULTS.max_requests,
     queue_tokens: o.QueueTokens = QUEUE_DEFAULTS.max_tokens,
 ) -> None:
@@ -92,31 +80,12 @@ def serve(
         jobs_dir=jobs_dir,
         jobs_quota_bytes=None if jobs_quota is None else parse_size(jobs_quota),
     )
-    config = o.engine_config(
-        device=device,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        load_format=load_format,
-        weights=weights,
-        kv_memory=kv_memory,
-        host_memory=host_memory,
-        device_memory=device_memory,
-        disk_dir=disk_dir,
-        max_model_len=max_model_len,
-        max_rows=max_rows,
-        sub_batches=sub_batches,
-        prefill_tokens=prefill_tokens,
-        look_ahead=look_ahead,
-        attention=attention,
-        activations=activations,
-        threads=threads,
-        queue=QueueConfig(queue_requests, queue_tokens),
-    )
+    config = options.config(step, QueueConfig(queue_requests, queue_tokens))
     # before the model is loaded: a taken port or a folder that cannot be used is known at once
     listener = bind(host, port)
     if jobs_dir is not None:
         check_folder(jobs_dir)
-    tuned = o.is_tuned(device, max_rows, sub_batches)
+    tuned = options.is_tuned(step)
     with closing(listener):
         engine = load_engine(model, config, console, tuned=tuned)
         code = run_server(engine, settings, listener)
@@ -125,9 +94,11 @@ def serve(
 
 
 @app.command()
+@with_options
 def generate(
     model: o.Model,
     prompt: c.Prompt,
+    *,
     as_json: c.AsJson = False,
     chat: c.Chat = False,
     max_tokens: c.MaxTokens = None,
@@ -136,19 +107,7 @@ def generate(
     top_k: c.TopK = 0,
     seed: c.Seed = None,
     stop: c.Stop = None,
-    device: o.Device = "cpu",
-    dtype: o.DType = None,
-    kv_dtype: o.KvDType = "auto",
-    load_format: o.Load = "auto",
-    weights: o.Weights = "auto",
-    kv_memory: o.KvMemory = None,
-    host_memory: o.HostMemory = None,
-    device_memory: o.DeviceMemory = None,
-    disk_dir: o.DiskDir = None,
-    max_model_len: o.MaxModelLen = None,
-    attention: o.Attention = "auto",
-    activations: o.Activations = "float32",
-    threads: o.Threads = None,
+    options: EngineOptions,
 ) -> None:
     """Continue one prompt with MODEL and print the text as it comes."""
     from sl_serve.cli_load import generate_once, load_engine
@@ -161,26 +120,7 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    config = o.engine_config(
-        device=device,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        load_format=load_format,
-        weights=weights,
-        kv_memory=kv_memory,
-        host_memory=host_memory,
-        device_memory=device_memory,
-        disk_dir=disk_dir,
-        max_model_len=max_model_len,
-        max_rows=1,
-        sub_batches=1,
-        prefill_tokens=None,
-        look_ahead=o.DEFAULTS.look_ahead,
-        attention=attention,
-        activations=activations,
-        threads=threads,
-        queue=QUEUE_DEFAULTS,
-    )
+    config = options.config(StepOptions(max_rows=1, sub_batches=1), QUEUE_DEFAULTS)
     engine = load_engine(model, config, console, quiet=as_json)
     try:
         text = sys.stdin.read() if prompt == "-" else prompt

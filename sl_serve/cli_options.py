@@ -11,13 +11,10 @@ from sl_serve.config import (
     AttentionPlacement,
     DeviceName,
     DTypeName,
-    EngineConfig,
     KVDTypeName,
     LoadFormat,
-    QueueConfig,
     SchedulerConfig,
 )
-from sl_serve.plan.budget import parse_size
 
 DEFAULTS = SchedulerConfig()
 MODEL_HELP = "A folder with config.json, a .gguf file, a Hugging Face id, or smollm2 (the demo)."
@@ -170,58 +167,3 @@ QueueTokens = Annotated[
     int,
     option(QUEUE, "--queue-tokens", "Waiting prompt and output tokens before 429.", min=1),
 ]
-
-
-def default_dtype(device: DeviceName) -> DTypeName:
-    return "bfloat16" if device == "cuda" else "float32"
-
-
-def is_tuned(device: DeviceName, max_rows: int | None, sub_batches: int | None) -> bool:
-    """Whether the planner chooses the shape of a step: on a GPU, unless the user did."""
-    return device == "cuda" and max_rows is None and sub_batches is None
-
-
-def engine_config(
-    *,
-    device: DeviceName,
-    dtype: DTypeName | None,
-    kv_dtype: KVDTypeName,
-    load_format: LoadFormat,
-    weights: str,
-    kv_memory: str | None,
-    host_memory: str | None,
-    device_memory: str | None,
-    disk_dir: str | None,
-    max_model_len: int | None,
-    max_rows: int | None,
-    sub_batches: int | None,
-    prefill_tokens: int | None,
-    look_ahead: int,
-    attention: AttentionPlacement,
-    activations: ActivationName,
-    threads: int | None,
-    queue: QueueConfig,
-) -> EngineConfig:
-    """Raises UserError for a size that cannot be read."""
-    return EngineConfig(
-        device=device,
-        dtype=dtype or default_dtype(device),
-        kv_dtype=kv_dtype,
-        load_format=load_format,
-        weights=weights,
-        max_model_len=max_model_len,
-        kv_memory_bytes=None if kv_memory is None else parse_size(kv_memory),
-        host_memory_bytes=None if host_memory is None else parse_size(host_memory),
-        device_memory_bytes=None if device_memory is None else parse_size(device_memory),
-        disk_dir=disk_dir,
-        attention=attention,
-        activations=activations,
-        n_threads=threads,
-        scheduler=SchedulerConfig(
-            max_rows=max_rows or DEFAULTS.max_rows,
-            n_sub_batches=min(sub_batches or DEFAULTS.n_sub_batches, max_rows or DEFAULTS.max_rows),
-            prefill_chunk_tokens=prefill_tokens or 0,
-            look_ahead=look_ahead,
-        ),
-        queue=queue,
-    )

@@ -17,6 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sl_serve import cli_command_options as c
 from sl_serve import cli_options as o
+from sl_serve.cli_option_groups import default_dtype
 from sl_serve.config import KVDTypeName
 from sl_serve.errors import UserError
 from sl_serve.plan.budget import parse_size
@@ -81,10 +82,10 @@ def plan(
     abilities = engine_abilities(attention)
     chosen = choose(sizes, hardware, budgets, workload, abilities)
     helps = what_helps(sizes, hardware, budgets, workload, chosen, abilities)
-    default_dtype = o.default_dtype("cuda" if has_device else "cpu")
+    default = default_dtype("cuda" if has_device else "cpu")
     told = _flags(
         device="cuda" if has_device else None,
-        dtype=None if compute == default_dtype else compute,
+        dtype=None if compute == default else compute,
         weights=weights,
         kv_dtype=kv_dtype,
         attention=None if attention == "host" else attention,  # which the placement says

@@ -14,6 +14,7 @@ from rich.console import Console
 from sl_serve import cli_command_options as c
 from sl_serve import cli_options as o
 from sl_serve.cli_batch_bar import BatchBar, batch_option
+from sl_serve.cli_option_groups import EngineOptions, StepOptions, with_options
 from sl_serve.config import EngineConfig
 from sl_serve.errors import UserError
 
@@ -33,33 +34,19 @@ BatchSeed = Annotated[int, batch_option("--seed", "-s", "For lines that have non
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(run_batch)
+    app.command()(with_options(run_batch))
 
 
 def run_batch(
     model: o.Model,
     source: Input,
     output: Output,
+    *,
     resume: Resume = False,
     seed: BatchSeed = 0,
     served_model_name: c.ServedNames = None,
-    device: o.Device = "cpu",
-    dtype: o.DType = None,
-    kv_dtype: o.KvDType = "auto",
-    load_format: o.Load = "auto",
-    weights: o.Weights = "auto",
-    kv_memory: o.KvMemory = None,
-    host_memory: o.HostMemory = None,
-    device_memory: o.DeviceMemory = None,
-    disk_dir: o.DiskDir = None,
-    max_model_len: o.MaxModelLen = None,
-    max_rows: o.MaxRows = None,
-    sub_batches: o.SubBatches = None,
-    prefill_tokens: o.PrefillTokens = None,
-    look_ahead: o.LookAhead = o.DEFAULTS.look_ahead,
-    attention: o.Attention = "auto",
-    activations: o.Activations = "float32",
-    threads: o.Threads = None,
+    options: EngineOptions,
+    step: StepOptions,
 ) -> None:
     """Run every line of a file through MODEL. Ctrl-C loses nothing: --resume goes on."""
     from server.batch.file_run import RunPaths
@@ -71,27 +58,8 @@ def run_batch(
     if paths.is_done(resume):
         console.print(f"{output} is complete already")
         return
-    config = o.engine_config(
-        device=device,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        load_format=load_format,
-        weights=weights,
-        kv_memory=kv_memory,
-        host_memory=host_memory,
-        device_memory=device_memory,
-        disk_dir=disk_dir,
-        max_model_len=max_model_len,
-        max_rows=max_rows,
-        sub_batches=sub_batches,
-        prefill_tokens=prefill_tokens,
-        look_ahead=look_ahead,
-        attention=attention,
-        activations=activations,
-        threads=threads,
-        queue=UNBOUNDED_QUEUE,
-    )
-    tuned = o.is_tuned(device, max_rows, sub_batches)
+    config = options.config(step, UNBOUNDED_QUEUE)
+    tuned = options.is_tuned(step)
     names = tuple(served_model_name or (model_name(model),))
     raise typer.Exit(_run(console, model, config, tuned, names, paths, seed))
 
