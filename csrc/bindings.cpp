@@ -1,5 +1,6 @@
-// The one file that knows Python. Addresses come as integers; the callers in sl_serve/ops own the
-// tensors, check their shapes and keep them alive for the length of the call.
+// The one file that knows Python. Addresses come as integers; the callers in sl_serve/ops and
+// sl_serve/weights own the memory, check its shapes and keep it alive, for the length of the call or
+// until what was begun has ended.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>

@@ -107,21 +107,21 @@ void Reading::end(std::optional<ReadFailure> failure) {
 }
 
 Reader::Reader(const std::vector<uintptr_t>& bounces, int64_t block_bytes)
-    : block_bytes_(block_bytes) {
-  for (const uintptr_t bounce : bounces)
-    threads_.emplace_back(&Reader::run, this, reinterpret_cast<char*>(bounce));
-}
+    : bounces_(bounces), block_bytes_(block_bytes) {}
 
 std::shared_ptr<Reading> Reader::begin(std::vector<Piece> pieces) {
   const auto reading = std::make_shared<Reading>(std::move(pieces));
   const std::lock_guard lock(mutex_);
   for (size_t i = 0; i < reading->pieces_.size(); ++i) {
     if (is_closed_) {
-      reading->end(ReadFailure{static_cast<int64_t>(i), reading->pieces_[i].offset, ECANCELED});
+      cancel({reading, i});
     } else {
       queue_.push_back({reading, i});
     }
   }
+  if (threads_.empty() && !queue_.empty())
+    for (const uintptr_t bounce : bounces_)
+      threads_.emplace_back(&Reader::run, this, reinterpret_cast<char*>(bounce));
   changed_.notify_all();
   return reading;
 }
@@ -136,9 +136,12 @@ void Reader::close() {
   changed_.notify_all();
   for (std::thread& thread : threads_)
     if (thread.joinable()) thread.join();
-  for (const Item& item : dropped)
-    item.reading->end(ReadFailure{static_cast<int64_t>(item.piece),
-                                  item.reading->pieces_[item.piece].offset, ECANCELED});
+  for (const Item& item : dropped) cancel(item);
+}
+
+void Reader::cancel(const Item& item) {
+  item.reading->end(ReadFailure{static_cast<int64_t>(item.piece),
+                                item.reading->pieces_[item.piece].offset, ECANCELED});
 }
 
 void Reader::run(char* bounce) {

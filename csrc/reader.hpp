@@ -47,8 +47,8 @@ class Reading {
 
 class Reader {
  public:
-  // One thread for each of `bounces`: memory that begins at a block, holds any piece and the blocks
-  // that its ends lie in, and outlives the reader.
+  // One thread for each of `bounces`, begun with the first piece: memory that begins at a block,
+  // holds any piece and the blocks that its ends lie in, and outlives the reader.
   Reader(const std::vector<uintptr_t>& bounces, int64_t block_bytes);
   ~Reader() { close(); }
   Reader(const Reader&) = delete;
@@ -63,9 +63,11 @@ class Reader {
     std::shared_ptr<Reading> reading;
     size_t piece;
   };
+  static void cancel(const Item& item);
   void run(char* bounce);
   std::optional<ReadFailure> read(const Item& item, char* bounce) const;
 
+  const std::vector<uintptr_t> bounces_;
   const int64_t block_bytes_;
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -6,14 +6,14 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from sl_serve.cli_options import option
 
-def batch_option(flag: str, short: str, help_text: str) -> Any:
-    variable = "SL_SERVE_BATCH_" + flag.removeprefix("--").replace("-", "_").upper()
-    return typer.Option(flag, short, envvar=variable, rich_help_panel="Batch", help=help_text)
+
+def batch_option(flag: str, short: str, help_text: str) -> object:
+    return option("Batch", flag, help_text, short=short, of="BATCH_")
 
 
 class BatchBar:

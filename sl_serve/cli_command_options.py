@@ -14,6 +14,7 @@ MIN_CALIBRATION_TOKENS = 2048
 
 SERVER, SECURITY, PROMPT, SAMPLING = "Server", "Security", "Prompt", "Sampling"
 PLAN, CALIBRATION = "Planning", "Calibration"
+OF_PLAN = "PLAN_"  # apart from `generate`, whose --prompt is a text
 
 Host = Annotated[
     str, option(SERVER, "--host", "Address to listen on; 0.0.0.0 for all (set an API key).")
@@ -97,19 +98,19 @@ Stop = Annotated[
 ]
 
 
-def _plan_option(flag: str, help_text: str) -> object:
-    """Apart from `generate`, whose --prompt is a text."""
-    variable = "SL_SERVE_PLAN_" + flag.removeprefix("--").upper()
-    return typer.Option(flag, envvar=variable, rich_help_panel=PLAN, help=help_text, min=1)
-
-
 Profile = Annotated[
     str | None,
     option(PLAN, "--profile", "A machine that is not at hand, like t4. Default: this one."),
 ]
-PromptTokens = Annotated[int, _plan_option("--prompt", "Prompt tokens of a request.")]
-OutputTokens = Annotated[int, _plan_option("--gen", "Generated tokens of a request.")]
-Requests = Annotated[int, _plan_option("--requests", "Requests, all there from the start.")]
+PromptTokens = Annotated[
+    int, option(PLAN, "--prompt", "Prompt tokens of a request.", of=OF_PLAN, min=1)
+]
+OutputTokens = Annotated[
+    int, option(PLAN, "--gen", "Generated tokens of a request.", of=OF_PLAN, min=1)
+]
+Requests = Annotated[
+    int, option(PLAN, "--requests", "Requests, all there from the start.", of=OF_PLAN, min=1)
+]
 MeasuredDir = Annotated[
     str | None, option(MEMORY, "--disk-dir", "Folder on the disk that layers would be read from.")
 ]

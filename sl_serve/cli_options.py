@@ -23,11 +23,14 @@ MEMORY, SCHEDULE, QUEUE = "Memory", "Scheduling", "Queue"
 Model = Annotated[str, typer.Argument(metavar="MODEL", envvar="SL_SERVE_MODEL", help=MODEL_HELP)]
 
 
-def option(panel: str, flag: str, help_text: str, **extra: object) -> object:
-    """An option whose environment variable is its flag's name: --max-rows, SL_SERVE_MAX_ROWS."""
-    variable = "SL_SERVE_" + flag.removeprefix("--").replace("-", "_").upper()
+def option(
+    panel: str, flag: str, help_text: str, *, short: str = "", of: str = "", **extra: object
+) -> object:
+    """An option whose environment variable is its flag's name: --max-rows, SL_SERVE_MAX_ROWS; where
+    commands give one name different meanings, with the name of a command before it."""
+    variable = f"SL_SERVE_{of}" + flag.removeprefix("--").replace("-", "_").upper()
     return typer.Option(
-        flag,
+        *([flag, short] if short else [flag]),
         envvar=variable,
         rich_help_panel=panel,
         help=help_text,
